@@ -1,0 +1,44 @@
+# hessian_overlap: the commands of everyday work. `make run` and `make test` each bring their environment with them.
+SHELL := bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+FACTS := settings.ini setup.py tools/setup.sh
+FLAGS ?=
+JOBS ?= 2
+# two notebooks on two busy cores are ten times slower when each of them starts two OpenMP threads
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help env env-dev run test lab docs export notebooks readme clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.run-ready: $(FACTS)
+	@tools/setup.sh run
+.venv/.dev-ready: $(FACTS)
+	@tools/setup.sh dev
+env: .venv/.run-ready
+env-dev: .venv/.dev-ready
+
+run: env ## train the small MNIST network and measure its overlaps; ARGS="--k 100 --seed 1" is passed on
+	.venv/bin/hessian-overlap run mnist_mini --out runs/mnist_mini $(ARGS)
+
+test: env-dev ## everything: exports, notebooks, laws, site, browser; ARGS="-k krylov" is passed to pytest
+	$(ONE_THREAD) MPLBACKEND=agg $(PY) -m pytest -n $(JOBS) --dist loadgroup --durations=10 --durations-min=2 $(ARGS)
+
+lab: env-dev ## open JupyterLab on the notebooks
+	$(PY) -m jupyterlab --ServerApp.root_dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
+
+docs: env-dev ## build the site into _docs and check it (Quarto where it is installed, else smalldocs)
+	$(PY) tools/build_docs.py --check
+
+export: env-dev ## write the package from the notebooks, clean the notebooks, refresh README.md
+	.venv/bin/nbdev_clean
+	.venv/bin/nbdev_export
+	$(PY) tools/make_readme.py
+
+notebooks: env-dev ## execute the pages and keep their outputs; NB=nbs/21_krylov.ipynb for one, FLAGS=slow for its slow cells too
+	$(ONE_THREAD) $(PY) tools/exec_nbs.py --jobs $(JOBS) --flags "$(FLAGS)" $(NB)
+
+clean: ## remove what was built; runs/ and .venv/ stay
+	rm -rf _docs _proc _site_src artefacts build dist .pytest_cache nbs/nbdev.yml

@@ -1,0 +1,30 @@
+"""How much does the subspace of k chosen parameters overlap with the top-k eigenspace of the loss Hessian?
+
+The public names below follow the flow of the data: operators, problems, eigenpairs, subspaces and masks, runs, figures.
+"""
+__version__ = "0.1.0"
+
+from .linop import LinearOperator, FunctionLinearOperator, aslinearoperator
+from .synthmat import SynthOperator, synth_eigvals
+from .problems import Problem, make_problem
+from .training import TrainingRun, train, load_params
+from .curvature import HessianLinearOperator
+from .sketch import EighResult, TestMatrix, seigh
+from .krylov import BlockLanczos, eigsh
+from .grassmann import principal_angles, overlap, chance_overlap
+from .masks import Mask, magnitude_order, random_order, best_order
+from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve
+from .record import OverlapRecord, RecordError
+from .experiment import run_overlap
+from .plots import plot_overlap_over_training, plot_overlap_curve, plot_spectrum
+from .explore import explore_overlap
+
+__all__ = [
+    'LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'SynthOperator', 'synth_eigvals',
+    'Problem', 'make_problem', 'TrainingRun', 'train', 'load_params', 'HessianLinearOperator',
+    'EighResult', 'TestMatrix', 'seigh', 'BlockLanczos', 'eigsh',
+    'principal_angles', 'overlap', 'chance_overlap', 'Mask', 'magnitude_order', 'random_order', 'best_order',
+    'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve',
+    'OverlapRecord', 'RecordError', 'run_overlap',
+    'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'explore_overlap',
+]

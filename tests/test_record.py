@@ -1,0 +1,143 @@
+"Records: bit-equal through a file, refused when anything is wrong, compared field by field."
+import json, os, re, zipfile
+from dataclasses import FrozenInstanceError, fields, replace
+import numpy as np, pytest
+from hessian_overlap.record import ARRAYS, OverlapRecord, RecordError, compare, table_ks, table_row, write_atomic
+from made import made_up
+
+
+def bits(r): return {name: (getattr(r, name).tobytes(), getattr(r, name).dtype, getattr(r, name).shape) for name in ARRAYS}
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(k=1), dict(k=60, n=60), dict(R=0), dict(steps=(7,)), dict(splits=("test",)), dict(method="seigh"), dict(k=350, n=7030)], ids=str)
+def test_loads_back_bit_equal(kw, tmp_path):
+    r = made_up(**kw); s = OverlapRecord.load(r.save(tmp_path/"a"))
+    assert bits(r) == bits(s) and compare(r, s) == {} and compare(r, s, ignore=()) == {}
+    for f in fields(r):
+        if f.name not in ARRAYS: assert getattr(r, f.name) == getattr(s, f.name), f.name
+    s.save(tmp_path/"b")
+    for f in ("record.json", "record.npz"): assert (tmp_path/"a"/f).read_bytes() == (tmp_path/"b"/f).read_bytes()
+
+
+def test_strange_floats_survive(tmp_path):
+    odd = np.array([np.nan, np.inf, -0., 5e-324]); r = made_up(k=4, n=9); r = replace(r, residuals=np.broadcast_to(odd, r.residuals.shape))
+    assert bits(OverlapRecord.load(r.save(tmp_path))) == bits(r)
+
+
+def test_nothing_is_pickled(tmp_path):
+    made_up().save(tmp_path)
+    with np.load(tmp_path/"record.npz", allow_pickle=False) as z: assert sorted(z.files) == sorted(ARRAYS) and all(z[f].dtype != object for f in z.files)
+
+
+def test_frozen():
+    r = made_up()
+    with pytest.raises(FrozenInstanceError): r.k = 3
+    for name in ARRAYS:
+        with pytest.raises(ValueError, match="read-only"): getattr(r, name)[...] = 0
+
+
+def test_a_record_does_not_share_its_arrays():
+    a = np.ones((3, 2, 60)); r = made_up(best=a); a[:] = 0
+    assert (r.best == 1).all()
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(eigvals=np.zeros((3, 2, 59))), r"eigvals has shape \(3, 2, 59\); expected k = 60"), (dict(train_loss=np.zeros(4)), "train_loss.*S = 3"),
+    (dict(matvecs=np.zeros((3, 3))), "P = 2"), (dict(steps=[0, 50, 50]), "increase"), (dict(steps=[]), "S = 0|increase"), (dict(k=61), "k = 61"),
+    (dict(n=59), "1 ≤ k ≤ n"), (dict(settings=dict(tol=np.nan)), "plain JSON"), (dict(settings=dict(a=object())), "plain JSON"), (dict(best=np.zeros(3)), "shape"),
+    (dict(splits=("train",)), "P = 1")], ids=lambda o: "" if isinstance(o, str) else ",".join(o))
+def test_arrays_that_do_not_fit(change, says):
+    with pytest.raises(RecordError, match=says): replace(made_up(), **change)
+
+
+def every_byte(data, step): return range(0, len(data), step)
+
+
+def test_any_flipped_byte_is_found(tmp_path):
+    r = made_up(k=5, n=20); r.save(tmp_path)
+    for file in ("record.json", "record.npz"):
+        good = (tmp_path/file).read_bytes()
+        for i in every_byte(good, 7):
+            if good[i:i+1] in b" \n": continue   # white space between the words of a JSON file carries nothing
+            (tmp_path/file).write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i+1:])
+            with pytest.raises(RecordError) as e: OverlapRecord.load(tmp_path)
+            assert "\n" not in str(e.value)
+        (tmp_path/file).write_bytes(good)
+    assert compare(OverlapRecord.load(tmp_path), r) == {}
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda d: (d/"record.json").unlink(), "no record in .*record.json is not there"), (lambda d: (d/"record.npz").unlink(), "record.npz is not there"),
+    (lambda d: (d/"record.npz").write_bytes(b""), "record.npz is damaged"), (lambda d: (d/"record.json").write_text(""), "not the JSON"),
+    (lambda d: (d/"record.json").write_text("[1]"), "not the JSON"), (lambda d: (d/"record.json").write_text("{}"), "not the JSON"),
+    (lambda d: (d/"record.json").write_bytes(b"\xff\xfe"), "not the JSON"), (lambda d: (d/"record.json").write_text('{"schema": "x"}'), "schema"),
+    (lambda d: (d/"record.json").write_text('{"schema": 1}'), "sha256"), (lambda d: (d/"record.json").write_text('{"schema": 2, "new": 1}'), "schema 2.*reads up to 1: update"),
+    (lambda d: ((d/"record.json").unlink(), (d/"record.json").mkdir()), "cannot be read")], ids=range(11))
+def test_damaged_records_give_one_sentence(spoil, says, tmp_path):
+    made_up().save(tmp_path); spoil(tmp_path)
+    with pytest.raises(RecordError, match=says) as e: OverlapRecord.load(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path/"f").write_text("x")
+    with pytest.raises(RecordError): OverlapRecord.load(tmp_path/"f")
+
+
+def test_two_saves_do_not_mix(tmp_path, monkeypatch):
+    "A crash while the second record is written leaves no record, rather than one with the arrays of another"
+    made_up(0).save(tmp_path); real = os.replace
+    def crash(a, b):
+        if str(b).endswith("record.json"): raise KeyboardInterrupt
+        return real(a, b)
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt): made_up(1).save(tmp_path)
+    with pytest.raises(RecordError, match="not there"): OverlapRecord.load(tmp_path)
+    assert [o.name for o in tmp_path.iterdir()] == ["record.npz"]   # and no temporary files
+
+
+def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    write_atomic(tmp_path/"f", b"old")
+    def full(fd): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError): write_atomic(tmp_path/"f", b"new")
+    assert (tmp_path/"f").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_compare_says_what_differs():
+    r = made_up()
+    assert compare(r, replace(r, seconds=r.seconds*2)) == {} and list(compare(r, replace(r, seconds=r.seconds*2), ignore=())) == ["seconds"]
+    assert compare(r, replace(r, seed=3)) == dict(seed=(0, 3))
+    b = r.best.copy(); b[1, 1, 3] += 1e-3
+    assert compare(r, replace(r, best=b))["best"] == pytest.approx(1e-3)
+    assert compare(r, replace(r, residuals=r.residuals*np.nan)).keys() == {"residuals"}
+    assert compare(r, made_up(k=50)).keys() >= {"k", "eigvals"} and compare(r, made_up(k=50))["eigvals"] == ((3, 2, 60), (3, 2, 50))
+    assert compare(r, replace(r, settings=dict(tol=1e-5, environment=dict(host=1)))) == {}
+    assert compare(r, replace(r, settings={})) == {"settings[tol]": (1e-5, None)}
+
+
+@pytest.mark.parametrize("k, ks", [(1, [1]), (50, [50]), (60, [50, 60]), (100, [50, 100]), (350, [50, 100, 350])])
+def test_table_sizes(k, ks): assert table_ks(k) == ks
+
+
+def test_table_lines_up_and_says_the_numbers():
+    r = made_up(k=350, n=7030); lines = r.table().splitlines()
+    assert len(lines) == 2 + 6 and len({len(l) for l in lines}) == 1
+    head, last = re.split(r"\s{2,}|(?<=\d) (?=k=)", lines[0].strip()), lines[-1].split()
+    for o, want in [("λ1", f"{r.eigvals[2, 1, 0]:#.4g}"), ("k=100", f"{r.magnitude[2, 1, 99]:.4f}"), ("chance", "0.0498"), ("matvecs", "700"),
+                    ("ratio", f"{r.magnitude[2, 1, -1]/r.chance[-1]:.2f}"), ("loss", f"{r.test_loss[2]:.4f}")]: assert last[head.index(o)] == want, o
+
+
+def test_what_did_not_converge_is_marked():
+    r = made_up(); c = r.converged.copy(); c[1, 0] = False; lines = replace(r, converged=c).table().splitlines()
+    assert [l.endswith(" *") for l in lines] == [False]*4 + [True] + [False]*4 and "not converged" in lines[-1]
+    assert "a sketch" in made_up(method="seigh").table().splitlines()[-1]
+
+
+def test_lookups():
+    r = made_up()
+    assert r.at() == (2, 1) and r.at(50, "train") == (1, 0) and (r.curve("random", 0, "train") == r.random[0, 0].mean(0)).all()
+    for f, says in [(lambda: r.at(51), "step 51 is not in the record; it has 0, 50, 100"), (lambda: r.at(0, "val"), "it has train, test"),
+                    (lambda: r.curve("worst"), "choose magnitude"), (lambda: made_up(R=0).curve("random"), "no random masks")]:
+        with pytest.raises(ValueError, match=says): f()
+    assert "\n" not in repr(r) and r._repr_markdown_().count("\n") == 6

@@ -1,0 +1,69 @@
+"The site builds without a fault, and a real browser shows every page in light and in dark: maths, figures, nothing from the network."
+import subprocess, sys, threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from shutil import which
+import pytest
+from conftest import missing
+
+pytestmark = pytest.mark.xdist_group('site')                     # one build for all
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope='module')
+def site(root, tmp_path_factory):
+    "The site, built and checked as `make docs` does; built in the tree, where the downloaded scripts are kept"
+    if not which('npm') and not (root/'_vendor/katex').exists(): missing('npm is not installed, which fetches the scripts of the site')
+    if sys.version_info < (3, 11) and not which('quarto'): missing('neither Quarto nor Python 3.11, which smalldocs needs')
+    out = tmp_path_factory.mktemp('site')/'docs'
+    r = subprocess.run([sys.executable, root/'tools/build_docs.py', '--check', '--out', out], cwd=root, capture_output=True, text=True)
+    return out, r
+
+
+def test_site_has_no_fault(site):
+    out, r = site
+    assert r.returncode == 0, r.stdout + r.stderr
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_pages_in_a_browser(site, scheme, need_browser, artefacts):
+    from browser import open_browser
+    out, r = site
+    assert (out/'index.html').exists(), r.stdout + r.stderr
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(out)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = f'http://127.0.0.1:{server.server_address[1]}/'
+    shots = artefacts/'site'; shots.mkdir(exist_ok=True)
+    faults = []
+    with open_browser() as browser:
+        page = browser.new_page(viewport=dict(width=1280, height=900), color_scheme=scheme)
+        page.on('request', lambda q: q.url.startswith((home, 'data:', 'blob:')) or faults.append(f'{page.url}: asks for {q.url}'))
+        page.on('requestfailed', lambda q: faults.append(f'{page.url}: no answer for {q.url}'))
+        page.on('response', lambda a: a.status >= 400 and faults.append(f'{page.url}: {a.status} for {a.url}'))
+        page.on('pageerror', lambda e: faults.append(f'{page.url}: {e}'))
+        for f in sorted(out.rglob('*.html')):
+            name = f.relative_to(out).as_posix()
+            page.goto(home + name, wait_until='load')
+            if page.locator('.ipywidget').count(): page.wait_for_selector('.ipywidget .jupyter-widgets', timeout=20_000)
+            seen = page.evaluate('''() => ({
+                raw: [...document.querySelectorAll('span.math')].length, broken: document.querySelectorAll('.katex-error').length,
+                widgets: [...document.querySelectorAll('.jupyter-widgets-error-widget')].map(e => e.textContent.trim()),
+                blind: [...document.images].filter(i => i.complete && !i.naturalWidth).length,
+                wide: document.documentElement.scrollWidth - innerWidth,
+                back: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.querySelector('main') || document.body).color })''')
+            if seen['raw'] or seen['broken']: faults.append(f'{name}: {seen["raw"] + seen["broken"]} formulas are not rendered')
+            for said in seen['widgets']: faults.append(f'{name}: a widget cannot be drawn: {said}')
+            if seen['blind']: faults.append(f'{name}: {seen["blind"]} images do not show')
+            if seen['wide'] > 0: faults.append(f'{name}: {seen["wide"]} px wider than the window')
+            back, ink = (sum(int(v) for v in seen[k][seen[k].index('(') + 1:-1].split(',')[:3])/3 for k in ('back', 'ink'))
+            if (back > ink) != (scheme == 'light') or abs(back - ink) < 100: faults.append(f'{name}: colours {seen["ink"]} on {seen["back"]} in the {scheme} scheme')
+            page.screenshot(path=shots/f'{name.replace("/", "-").removesuffix(".html")}-{scheme}.png', full_page=True)
+            page.set_viewport_size(dict(width=390, height=800))
+            wide = page.evaluate('document.documentElement.scrollWidth - innerWidth')
+            if wide > 0: faults.append(f'{name}: {wide} px wider than a telephone')
+            page.set_viewport_size(dict(width=1280, height=900))
+    server.shutdown()
+    assert not faults, '\n'.join(faults)
