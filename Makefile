@@ -24,7 +24,7 @@ run: env ## train the small MNIST network and measure its overlaps; ARGS="--k 10
 	.venv/bin/hessian-overlap run mnist_mini --out runs/mnist_mini $(ARGS)
 
 test: env-dev ## everything: exports, notebooks, laws, site, browser; ARGS="-k krylov" is passed to pytest
-	$(ONE_THREAD) MPLBACKEND=agg $(PY) -m pytest -n $(JOBS) --dist loadgroup --durations=10 --durations-min=2 $(ARGS)
+	$(ONE_THREAD) MPLBACKEND=agg $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=10 --durations-min=2 $(ARGS)
 
 lab: env-dev ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab --ServerApp.root_dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)

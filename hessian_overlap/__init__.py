@@ -11,9 +11,10 @@ from .training import TrainingRun, train, load_params
 from .curvature import HessianLinearOperator
 from .sketch import EighResult, TestMatrix, seigh
 from .krylov import BlockLanczos, eigsh
-from .grassmann import principal_angles, overlap, chance_overlap
+from .grassmann import principal_angles, chance_overlap
 from .masks import Mask, magnitude_order, random_order, best_order
 from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve
+from .grassmann import overlap # after the module of the same name, which importing it would leave here
 from .record import OverlapRecord, RecordError
 from .experiment import run_overlap
 from .plots import plot_overlap_over_training, plot_overlap_curve, plot_spectrum

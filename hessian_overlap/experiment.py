@@ -89,7 +89,7 @@ def _solver_settings(n, k, method, tol, block_size, num_outer, num_inner):
         if given["num_inner"] < outer: raise ValueError(f"num_inner = {num_inner} is less than num_outer = {outer}; the inner measurements must be at least as many")
     return dict(method=method, **given)
 
-# %% ../nbs/41_experiment.ipynb #8d0a6e83
+# %% ../nbs/41_experiment.ipynb #14930a1f
 def run_settings(
     problem:Problem, # what to train
     *, steps:int, snapshots:list|None, k:int, samples:int, method:str, tol:float|None, block_size:int|None,
@@ -107,7 +107,7 @@ def run_settings(
                 data=_digest(problem.train_x, problem.train_y, problem.test_x, problem.test_y), loss=str(problem.loss_func).split(" at 0x")[0],
                 lr=problem.lr, batch_size=problem.batch_size, problem_seed=problem.seed, steps=steps, snapshots=snaps, k=k, samples=int(samples),
                 **_solver_settings(n, k, method, tol, block_size, num_outer, num_inner), num_random=int(num_random), seed=int(seed),
-                dtype=str(problem.dtype).removeprefix("torch."), device=str(problem.device), hessian_overlap=__version__, torch=torch.__version__)
+                dtype=str(problem.dtype).removeprefix("torch."), device=str(problem.device), threads=torch.get_num_threads(), hessian_overlap=__version__, torch=torch.__version__)
 
 # %% ../nbs/41_experiment.ipynb #54d42d0c
 OURS = (".probe", "record.json", "record.npz", "settings.json", "snapshots.npz", "parts/*.npz", "figures/*.png", ".*.tmp", ".snapshots.npz.*", "parts/.*.tmp", "figures/.*.tmp")
@@ -217,7 +217,7 @@ def run_overlap(
     if folder: record.save(folder.path)
     return record
 
-# %% ../nbs/41_experiment.ipynb #664e1a93
+# %% ../nbs/41_experiment.ipynb #aed1ac83
 def _measure_all(problem, run, s, folder, progress, echo, splits=("train", "test")):
     "All parts in order, each read or else computed and written; the bar counts Hessians, matvecs and their rate"
     pairs = [(i, step, split) for i, step in enumerate(run.steps) for split in splits]
@@ -243,7 +243,7 @@ def _measure_all(problem, run, s, folder, progress, echo, splits=("train", "test
 def _collect(run, parts, s, splits=("train", "test")):
     "The record of a training run and its parts"
     stack = lambda name: np.stack([o[name] for o in parts]).reshape(len(run.steps), len(splits), *np.shape(parts[0][name]))
-    env = dict(python=platform.python_version(), platform=platform.platform(), numpy=np.__version__, threads=torch.get_num_threads(), peak_memory_bytes=peak_memory())
+    env = dict(python=platform.python_version(), platform=platform.platform(), numpy=np.__version__, peak_memory_bytes=peak_memory())
     return OverlapRecord(problem=s["problem"], n=s["n"], k=s["k"], method=s["method"], seed=s["seed"], samples=s["samples"], steps=run.steps, splits=splits,
         train_loss=run.train_loss, train_acc=run.train_acc, test_loss=run.test_loss, test_acc=run.test_acc, **{name: stack(name) for name in PART},
         settings={**s, "environment": env})
@@ -254,7 +254,7 @@ def peak_memory()->int|None: # bytes; None where the system does not tell
     except ImportError: return None
     return r.getrusage(r.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/41_experiment.ipynb #d79b86d1
+# %% ../nbs/41_experiment.ipynb #aae43888
 def _settle(dtype, device):
     "A dtype and a device from their names"
     if dtype not in ("float32", "float64"): raise ValueError(f"unknown dtype {dtype!r}; choose float32 or float64")
@@ -262,6 +262,12 @@ def _settle(dtype, device):
     try: torch.zeros(1, dtype=getattr(torch, dtype), device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e: raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from None
     return getattr(torch, dtype), device
+
+def _threads(threads):
+    "What was asked for, else what OMP_NUM_THREADS says, else 1"
+    if threads is not None: return _whole("threads", threads, 1, os.cpu_count())
+    asked = os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]
+    return max(1, min(int(asked), os.cpu_count())) if asked.isdecimal() else 1
 
 def run(
     problem:str,              # name of the problem, such as mnist_mini
@@ -276,6 +282,7 @@ def run(
     num_random:int=10,        # random masks
     device:str=None,          # cpu, cuda, cuda:1; the GPU if there is one
     dtype:str="float32",      # float32 or float64
+    threads:int=None,         # CPU threads; OMP_NUM_THREADS if it is set, else 1
     seed:int=0,               # of parameters, data order, eigensolver and random masks
     root:str=None,            # folder of the full data; the small set in the package if not given
     out:str=None,             # run folder; runs/PROBLEM if not given
@@ -283,6 +290,7 @@ def run(
 ):
     "Train a network, find its directions of largest curvature, and measure how much the largest parameters overlap with them"
     dtype, device = _settle(dtype, device); start = time.perf_counter()
+    torch.set_num_threads(_threads(threads))
     p = make_problem(problem, root=root, seed=seed, device=device, dtype=dtype); out = Path("runs")/problem if out is None else Path(out)
     echo = lambda line: tqdm.write(line, file=sys.stdout)
     record = run_overlap(p, steps=steps, k=k, samples=samples, method=method, tol=tol, block_size=block_size, num_outer=num_outer,

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from .plots import LOOKS
 from .record import OverlapRecord
 
-# %% ../nbs/51_explore.ipynb #1f1a27e4
+# %% ../nbs/51_explore.ipynb #fa0f7711
 class OverlapExplorer:
     "Widgets over a record: `.k` `.step` `.split` `.mask` drive `.image` and `.label`; shows itself in a notebook"
     def __init__(self,
@@ -29,7 +29,7 @@ class OverlapExplorer:
         self.step = make(W.SelectionSlider, "training step", "Training step at which the Hessian was taken", options=r.steps.tolist(), value=int(r.steps[-1]))
         self.split = make(W.Dropdown, "Hessian of", "Whose samples define the loss and its Hessian", options=list(r.splits), value=r.splits[-1])
         self.mask = make(W.Dropdown, "mask", "How the parameters are chosen: largest magnitude, best possible, or at random", options=masks)
-        self.image = W.Image(format="png", layout=W.Layout(width="100%", max_width="840px"), tooltip="Overlap over mask size, and over training")
+        self.image = W.Image(format="png", layout=W.Layout(width="100%", max_width="840px"))   # no tooltip: ipywidgets 8.1 cannot show an Image that has one
         self.label = W.HTML()
         controls = [self.k, self.step, self.split, self.mask]
         self.box = W.VBox([W.HBox(controls, layout=W.Layout(flex_flow="row wrap", max_width="52em")), self.image, self.label])

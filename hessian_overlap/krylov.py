@@ -156,14 +156,14 @@ class _Stopping:
         rate = (w0-w1)/(s1-s0)
         return max(1, min(state.steps//8, math.ceil(.8*w1/rate))) if rate>0 else max(1, state.steps//16)
 
-# %% ../nbs/21_krylov.ipynb #228f7634
+# %% ../nbs/21_krylov.ipynb #6d5dfccf
 def _check_eigsh(k, n, which, tol, block_size, max_matvecs):
     "The arguments, with defaults filled in"
     if which not in ('LM','LA','SA','BE'): raise ValueError(f"which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
     if not 0<=tol<1: raise ValueError(f'tol must be at least 0 and below 1, got {tol}')
     b = min(10, n) if block_size is None else block_size
     if not 1<=b<=n: raise ValueError(f'block_size must be between 1 and n = {n}, got {b}')
-    if max_matvecs is None: max_matvecs = min(n, 10*k + 40*b)
+    if max_matvecs is None: max_matvecs = min(n, 10*k + 40*max(b, 10))
     if max_matvecs<k: raise ValueError(f'max_matvecs = {max_matvecs} is below k = {k}: {k} eigenpairs need at least as many products')
     return b,min(max_matvecs, n)
 
@@ -182,7 +182,7 @@ def _grow(state, stop, k, limit, progress):
     bar.close()
     return stop.done if stop.at==state.steps else stop(state)
 
-# %% ../nbs/21_krylov.ipynb #bd1a29b6
+# %% ../nbs/21_krylov.ipynb #8f562017
 def eigsh(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     k:int, # number of eigenpairs, 1 ≤ k ≤ n
@@ -190,7 +190,7 @@ def eigsh(
     which:str='LM', # 'LM' largest |λ|, 'LA' largest λ, 'SA' smallest λ, 'BE' half from either end
     tol:float=1e-5, # residual norms at most tol·|λ|, or the rounding of one product if that is more; in [0, 1)
     block_size:int|None=None, # columns multiplied at once, at least 1; None: 10. Finds that many copies of an eigenvalue at a time
-    max_matvecs:int|None=None, # limit on products, at least k; it bounds the basis. None: 10 k + 40 blocks, at most n
+    max_matvecs:int|None=None, # limit on products, at least k; it bounds the basis. None: 10 k + 40 blocks of at least 10, at most n
     seed:int, # of the first block
     progress:bool=False, # a tqdm bar over products
 )->EighResult: # k eigenpairs, most wanted first; info['converged'] says whether all residuals met the tolerance

@@ -86,7 +86,7 @@ class FunctionLinearOperator(LinearOperator):
         if self._rmm is None: return super()._rmatmat(U)
         return self._check(self._rmm(U), self.shape[1], U.shape[1])
 
-# %% ../nbs/01_linop.ipynb #bea46ef3
+# %% ../nbs/01_linop.ipynb #e18d07c2
 def _from_numpy(A):
     "A SciPy operator, sparse matrix or NumPy array as an operator on CPU tensors"
     from scipy.sparse.linalg import aslinearoperator as scipy_aslinearoperator
@@ -107,9 +107,9 @@ def aslinearoperator(
         mm = lambda V: A @ V
         return FunctionLinearOperator(mm, A.shape, rmatmat=mm if symmetric else lambda U: A.mT @ U, dtype=A.dtype, device=A.device)
     if all(hasattr(A, a) for a in ('shape','dtype','device','__matmul__')) and isinstance(A.dtype, torch.dtype):
-        adjoint = getattr(A, 'adjoint', None)
-        rmm = (lambda U: adjoint() @ U) if callable(adjoint) else None
-        return FunctionLinearOperator(lambda V: A @ V, A.shape, rmatmat=rmm, dtype=A.dtype, device=A.device)
+        mm,adjoint = lambda V: A @ V, getattr(A, 'adjoint', None)
+        rmm = mm if getattr(A, 'SELF_ADJOINT', False) else (lambda U: adjoint() @ U) if callable(adjoint) else None
+        return FunctionLinearOperator(mm, A.shape, rmatmat=rmm, dtype=A.dtype, device=A.device)
     if hasattr(A, 'shape') and hasattr(A, 'dtype'): return _from_numpy(A)
     raise TypeError(f'cannot make a linear operator of {type(A).__name__}: give a tensor, a SciPy operator or a FunctionLinearOperator')
 

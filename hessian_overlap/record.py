@@ -23,7 +23,7 @@ ARRAYS = dict(steps=("S", np.int64), train_loss=("S", np.float64), train_acc=("S
 class RecordError(ValueError):
     "A record that cannot be read or does not hang together; its message is one sentence"
 
-# %% ../nbs/40_record.ipynb #41c4077e
+# %% ../nbs/40_record.ipynb #36c85019
 @dataclass(frozen=True, eq=False, repr=False)
 class OverlapRecord:
     "Overlaps of k chosen parameters with the k directions of largest curvature, along a training run. Read-only."
@@ -45,7 +45,7 @@ class OverlapRecord:
     best:np.ndarray         # (S, P, k) the same for the best mask of each size: an upper bound
     matvecs:np.ndarray      # (S, P) Hessian-vector products used
     seconds:np.ndarray      # (S, P) wall time of eigenpairs and overlaps
-    converged:np.ndarray    # (S, P) whether all k residuals met the tolerance; a sketch never says so
+    converged:np.ndarray    # (S, P) whether all k residuals met the tolerance (or the rounding of one product); a sketch never says so
     splits:tuple=("train", "test") # whose samples define the Hessian
     settings:dict=field(default_factory=dict) # what else determined the numbers, as plain JSON
     schema:int=SCHEMA       # version of the files

@@ -87,7 +87,7 @@ def _rmatmat(self:TestMatrix, U):
         U = dct(Z)
     return U[self._rows[:self.shape[1]]]*self.shape[0]**.5
 
-# %% ../nbs/20_sketch.ipynb #adc4a3ea
+# %% ../nbs/20_sketch.ipynb #d0b31d69
 def _measure(A, Omega, Psi, num_outer, progress):
     "Y_outer (n, num_outer) and ΨᵀY (num_inner, num_inner), in blocks, with Ω never whole"
     from tqdm.auto import tqdm
@@ -100,11 +100,15 @@ def _measure(A, Omega, Psi, num_outer, progress):
         inner.append(Psi.T @ Y)
     return torch.cat(outer, 1), torch.cat(inner, 1)
 
+def _pinv_apply(B, W):
+    "B⁺W for a tall B of full rank, by QR: the same bits every time, which LAPACK's least squares does not promise"
+    Q,R = torch.linalg.qr(B)
+    return torch.linalg.solve_triangular(R, Q.T @ W, upper=True)
+
 def _core(Q, Omega, Psi, W):
     "The symmetric (num_outer, num_outer) core that best explains the inner measurements W, in float64"
     left,right,W = (Psi.T @ Q).double(), (Omega.T @ Q).double(), W.double()
-    half = torch.linalg.lstsq(left, W).solution
-    M = torch.linalg.lstsq(right, half.T).solution.T
+    M = _pinv_apply(right, _pinv_apply(left, W).T).T
     return (M+M.T)/2
 
 # %% ../nbs/20_sketch.ipynb #314a200c

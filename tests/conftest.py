@@ -28,6 +28,22 @@ def artefacts():
 
 
 @pytest.fixture(scope='session')
+def once(tmp_path_factory):
+    "once(name, make): `make(folder)` is called by the first process that asks, however many run the tests -> (folder, what it returned)"
+    import json
+    from filelock import FileLock                                # torch brings it
+    base = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: base = base.parent
+    def get(name, make):
+        folder, done = base/name, base/f'{name}.json'
+        with FileLock(base/f'{name}.lock'):
+            if not done.exists():
+                folder.mkdir(); done.write_text(json.dumps(make(folder)))
+        return folder, json.loads(done.read_text())
+    return get
+
+
+@pytest.fixture(scope='session')
 def need_browser():
     "Skip (under CI: fail) where there is no Chromium"
     from browser import find_browser

@@ -218,6 +218,15 @@ def test_other_settings_are_refused_by_name(tmp_path):
     assert sorted(d.rglob("*")) == before
 
 
+def test_threads_are_a_setting(tmp_path):
+    "Another number of threads adds in another order, so a run is not mixed from two"
+    was = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1); run_overlap(own(), **ASK, out=tmp_path); (tmp_path/"record.json").unlink(); torch.set_num_threads(2)
+        with pytest.raises(ValueError, match="threads = 1 there and 2 here"): run_overlap(own(), **ASK, out=tmp_path)
+    finally: torch.set_num_threads(was)
+
+
 def argv(*more): return ["run", "mnist_mini", *SMALL, "--steps", "0", *more]
 
 
@@ -230,7 +239,7 @@ BAD = {
     "inner below outer": (argv("--method", "seigh", "--num-outer", "30", "--num-inner", "20"), "num_inner = 20 is less than num_outer = 30"), "outer below k": (argv("--method", "seigh", "--num-outer", "11"), "num_outer must be .*12"),
     "inner above n": (argv("--method", "seigh", "--num-inner", "8000"), "num_inner must be .*7030"), "outer for eigsh": (argv("--num-outer", "30"), "num_outer is a setting of seigh"),
     "tol for seigh": (argv("--method", "seigh", "--tol", "1e-3"), "tol is a setting of eigsh"), "tol zero": (argv("--tol", "0"), "tol must be"), "tol nan": (argv("--tol", "nan"), "tol must be"), "tol negative": (argv("--tol=-1e-3"), "tol must be"),
-    "block zero": (argv("--block-size", "0"), "block_size must be"), "random masks": (argv("--num-random=-1"), "num_random"), "root": (argv("--root", "/nonexistent"), "sha256.*/nonexistent"), "unknown option": (argv("--kk", "3"), "kk"),
+    "threads zero": (argv("--threads", "0"), "threads must be"), "block zero": (argv("--block-size", "0"), "block_size must be"), "random masks": (argv("--num-random=-1"), "num_random"), "root": (argv("--root", "/nonexistent"), "sha256.*/nonexistent"), "unknown option": (argv("--kk", "3"), "kk"),
     "unwritable": (argv("--out", "/proc/runs/x"), "cannot write to /proc/runs/x"), "two problems": (["run", "mnist_mini", "other"], "other"), "show nothing": (["show"], "run"), "show missing": (["show", "nowhere"], "no record in nowhere"),
 }
 
@@ -311,10 +320,10 @@ def test_problems_that_went_bad_are_refused(spoil, says, tmp_path):
 def test_the_program_itself(done, tmp_path):
     "The installed command and `python -m` are the same, help works, nothing ends in a traceback"
     prog = Path(sys.executable).with_name("hessian-overlap"); run = lambda *a: subprocess.run([prog, *map(str, a)], capture_output=True, text=True, env=QUIET, cwd=tmp_path)
-    h = run("run", "--help"); assert h.returncode == 0
-    for o in "--k --steps --samples --method --num-outer --num-inner --tol --block-size --device --dtype --seed --root --out --overwrite".split(): assert re.search(rf"{o}\b", h.stdout), o
+    h = run("run", "--help"); assert h.returncode == 0, h.stderr
+    for o in "--k --steps --samples --method --num-outer --num-inner --tol --block-size --device --dtype --threads --seed --root --out --overwrite".split(): assert re.search(rf"{o}\b", h.stdout), o
     assert "--num_outer" not in h.stdout and "--pdb" not in h.stdout
-    assert run("--help").returncode == 0 and "show RUN" in run("--help").stdout and run("--version").stdout.startswith("hessian-overlap ")
+    assert call("--help")[0] == call("--version")[0] == call("show", "--help")[0] == 0 and "show RUN" in call("--help")[1] and call("--version")[1].startswith("hessian-overlap ")
     bad = run("run", "mnist_mini", "--k", 0); assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and bad.stderr.startswith("hessian-overlap: k must be") and not list(tmp_path.iterdir())
     a, b = run("show", done[0]), cli("show", done[0]); assert a.returncode == b.returncode == 0 and a.stdout == b.stdout and not a.stderr
     head = subprocess.run(f"'{prog}' show '{done[0]}' | head -1", shell=True, capture_output=True, text=True, env=QUIET); assert "Traceback" not in head.stderr and "OverlapRecord" in head.stdout

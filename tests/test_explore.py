@@ -62,7 +62,8 @@ def test_shows_itself(r):
 def test_controls_are_described(r):
     e = explore_overlap(r)
     for c in (e.k, e.step, e.split, e.mask): assert c.description and len(c.tooltip) > 20
-    assert "role=\"status\"" in e.label.value and e.image.tooltip and (e.k.min, e.k.max) == (1, r.k)
+    assert "role=\"status\"" in e.label.value and (e.k.min, e.k.max) == (1, r.k)
+    assert e.image.tooltip is None   # with one, JupyterLab cannot make the view: ipywidgets 8.1 asks an Image for its description
     assert list(e.step.options) == r.steps.tolist() and list(e.split.options) == list(r.splits)
 
 

@@ -1,10 +1,8 @@
 "The committed package, README and notebooks are what the tools make of the notebooks."
 import configparser, filecmp, subprocess, sys, tarfile, zipfile
 from pathlib import Path
-import pytest
 
 BIN = Path(sys.executable).parent
-pytestmark = pytest.mark.xdist_group('scratch')                  # one scratch copy for all
 
 
 def run(*cmd, cwd):

@@ -1,8 +1,6 @@
 "The explorer in a real JupyterLab: a reader's keys and choices change the figure and the number, fast enough to follow."
 import re, statistics
-import pytest
 
-pytestmark = pytest.mark.xdist_group('lab')
 NB = 'nbs/51_explore.ipynb'
 
 

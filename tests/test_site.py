@@ -6,37 +6,37 @@ from shutil import which
 import pytest
 from conftest import missing
 
-pytestmark = pytest.mark.xdist_group('site')                     # one build for all
-
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
 
 @pytest.fixture(scope='module')
-def site(root, tmp_path_factory):
-    "The site, built and checked as `make docs` does; built in the tree, where the downloaded scripts are kept"
+def site(root, once):
+    "The site, built and checked as `make docs` does -> (its folder, exit code, what was said)"
     if not which('npm') and not (root/'_vendor/katex').exists(): missing('npm is not installed, which fetches the scripts of the site')
     if sys.version_info < (3, 11) and not which('quarto'): missing('neither Quarto nor Python 3.11, which smalldocs needs')
-    out = tmp_path_factory.mktemp('site')/'docs'
-    r = subprocess.run([sys.executable, root/'tools/build_docs.py', '--check', '--out', out], cwd=root, capture_output=True, text=True)
-    return out, r
+    def make(folder):
+        r = subprocess.run([sys.executable, root/'tools/build_docs.py', '--check', '--out', folder/'docs'], cwd=root, capture_output=True, text=True)
+        return r.returncode, r.stdout + r.stderr
+    folder, (code, said) = once('site', make)
+    return folder/'docs', code, said
 
 
 def test_site_has_no_fault(site):
-    out, r = site
-    assert r.returncode == 0, r.stdout + r.stderr
+    _, code, said = site
+    assert code == 0, said
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_pages_in_a_browser(site, scheme, need_browser, artefacts):
     from browser import open_browser
-    out, r = site
-    assert (out/'index.html').exists(), r.stdout + r.stderr
+    out, _, said = site
+    assert (out/'index.html').exists(), said
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(out)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     home = f'http://127.0.0.1:{server.server_address[1]}/'
-    shots = artefacts/'site'; shots.mkdir(exist_ok=True)
+    shots = artefacts/'site'; shots.mkdir(parents=True, exist_ok=True)
     faults = []
     with open_browser() as browser:
         page = browser.new_page(viewport=dict(width=1280, height=900), color_scheme=scheme)

@@ -276,8 +276,8 @@ def check_names(cfg, pages):
     sys.path.insert(0, str(cfg.config_path))
     package = importlib.import_module(cfg.lib_name)
     names = [n for n in getattr(package, '__all__', []) if not n.startswith('_')]
-    linked = {u.partition('#')[2] for page in pages.values() for u in page.links}
-    bad = [f'no page links the public name {n}' for n in names if n not in linked]
+    linked = {u.partition('#')[2].lower() for page in pages.values() for u in page.links}          # anchors are lower case
+    bad = [f'no page links the public name {n}' for n in names if n.lower() not in linked]
     return bad if names else [f'{cfg.lib_name} has no __all__: which names are public?']
 
 

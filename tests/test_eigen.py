@@ -1,0 +1,185 @@
+"Laws of the eigensolvers: one table of matrices of known spectrum, every law over all of them and both solvers"
+import math, warnings, numpy as np, pytest, torch
+from scipy.sparse.linalg import eigsh as scipy_eigsh
+from hessian_overlap.krylov import BlockLanczos, eigsh
+from hessian_overlap.linop import FunctionLinearOperator, aslinearoperator
+from hessian_overlap.sketch import EighResult, TestMatrix, seigh
+from hessian_overlap.synthmat import SynthOperator, column_noise, synth_eigvals
+
+DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
+f64 = torch.float64
+
+SPECTRA = { # name: eigenvalues
+    'slow tail, both signs': synth_eigvals(500, 'poly', rank=1, decay=.7, seed=1),
+    'slow tail, positive': synth_eigvals(500, 'poly', rank=1, decay=.7),
+    'plateau of 20': synth_eigvals(500, 'poly', rank=20, decay=1.5, seed=2)*torch.cat([torch.linspace(2, 1, 20, dtype=f64), torch.ones(480, dtype=f64)]),
+    'exponential': synth_eigvals(500, 'exp', rank=1, decay=.05, seed=3),
+    'low rank + noise': synth_eigvals(500, 'lowrank', rank=40, noise=.05, seed=4)*torch.linspace(2, 1, 500, dtype=f64),
+    'repeated in pairs': synth_eigvals(250, 'poly', rank=1, decay=.7, seed=5).repeat_interleave(2),
+    'plus and minus': synth_eigvals(250, 'poly', rank=1, decay=.7).repeat_interleave(2)*torch.tensor([1., -1.], dtype=f64).repeat(250),
+    'huge scale': 1e12*synth_eigvals(500, 'poly', rank=1, decay=.7, seed=6),
+    'tiny scale': 1e-12*synth_eigvals(500, 'poly', rank=1, decay=.7, seed=6),
+}
+
+@pytest.fixture(params=SPECTRA)
+def lam(request): return SPECTRA[request.param]
+@pytest.fixture(params=DEVICES)
+def device(request): return request.param
+
+def lost(U, V): return 1 - (U.T.double() @ V.double()).square().sum().item()/U.shape[1]
+
+@pytest.mark.parametrize('k', [1, 10, 60])
+@pytest.mark.parametrize('b', [1, 8, 25])
+def test_eigsh_is_exact(lam, k, b, device):
+    A = SynthOperator(lam, seed=7, device=device)
+    if b == 1 and (A.eigvals.diff() == 0).any(): pytest.skip('a block of one sees one copy of an eigenvalue, as the page says')
+    k = k + 1 if A.eigvals[k-1].abs() == A.eigvals[k].abs() else k # do not cut through a pair
+    r = eigsh(A, k, block_size=b, tol=1e-6, seed=0)
+    scale = lam.abs().max().item()
+    assert r.info['converged'] and isinstance(r, EighResult)
+    torch.testing.assert_close(r.eigvals.abs(), A.eigvals[:k].abs(), rtol=1e-10, atol=1e-13*scale)
+    assert abs(lost(A.eigvecs(k), r.eigvecs)) < 1e-9
+    assert abs(r.info['next_eigval']) <= r.eigvals[-1].abs().item()*(1 + 1e-9)
+
+@pytest.mark.parametrize('dtype', [torch.float32, f64])
+@pytest.mark.parametrize('tol', [1e-2, 1e-5])
+def test_residuals_are_what_info_says(lam, dtype, tol, device):
+    A = SynthOperator(lam, seed=7, dtype=dtype, device=device)
+    r = eigsh(A, 30, tol=tol, seed=0)
+    true = (A @ r.eigvecs - r.eigvecs*r.eigvals).norm(dim=0).cpu().double()
+    scale, eps = lam.abs().max().item(), torch.finfo(dtype).eps
+    assert (true <= r.info['residual_norms']*1.05 + 20*eps*scale).all()
+    assert (true <= torch.maximum(tol*r.eigvals.abs().cpu().double(), torch.tensor(4*eps*scale))*1.05 + 20*eps*scale).all()
+    assert r.eigvals.dtype == dtype == r.eigvecs.dtype and r.eigvecs.device == A.device
+    torch.testing.assert_close(r.eigvecs.T @ r.eigvecs, torch.eye(30, dtype=dtype, device=device), rtol=0, atol=200*eps)
+
+def test_projector_does_not_depend_on_block_or_seed(lam):
+    A, out = SynthOperator(lam, seed=7), []
+    k = 24 if A.eigvals[23].abs() != A.eigvals[24].abs() else 25
+    for b, s in ((4, 0), (10, 1), (24, 2), (100, 3)): out.append(eigsh(A, k, block_size=b, tol=1e-8, seed=s).eigvecs)
+    for U in out[1:]: assert (U @ U.T - out[0] @ out[0].T).abs().max() < 1e-7
+
+@pytest.mark.parametrize('which', ['LM', 'LA', 'SA', 'BE'])
+def test_which_is_as_in_scipy(which):
+    A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7)
+    for k in ((2, 9) if which == 'BE' else (1, 2, 9)): # ARPACK has no 'BE' for one
+        ref = np.sort(scipy_eigsh(A.to_scipy(), k=k, which=which, return_eigenvectors=False, tol=1e-10))
+        np.testing.assert_allclose(np.sort(eigsh(A, k, which=which, tol=1e-8, seed=0).eigvals.numpy()), ref, rtol=1e-9)
+
+def test_order():
+    A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7)
+    assert (eigsh(A, 20, seed=0).eigvals.abs().diff() <= 0).all() and (eigsh(A, 20, which='LA', seed=0).eigvals.diff() <= 0).all()
+    assert (eigsh(A, 20, which='SA', seed=0).eigvals.diff() >= 0).all() and (seigh(A, 20, seed=0).eigvals.abs().diff() <= 0).all()
+
+@pytest.mark.parametrize('solve', [lambda A, s: eigsh(A, 12, seed=s), lambda A, s: seigh(A, 12, seed=s)], ids=['eigsh', 'seigh'])
+def test_seed_is_the_only_randomness(solve):
+    A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7)
+    state = torch.get_rng_state()
+    a = solve(A, 3); torch.rand(5); np.random.rand(3); b = solve(A, 3)
+    torch.set_rng_state(state)
+    assert torch.equal(a.eigvecs, b.eigvecs) and torch.equal(a.eigvals, b.eigvals)
+    assert not torch.equal(solve(A, 4).eigvecs, a.eigvecs)
+
+@pytest.mark.parametrize('diag', [[0.]*12, [1.]*12, [2.] + [0.]*11, [3.]*7 + [-3.]*5, list(range(12)), [5.]*2 + [1.]*10])
+@pytest.mark.parametrize('k', [1, 2, 7, 12])
+@pytest.mark.parametrize('b', [1, 3, 12])
+def test_degenerate(diag, k, b):
+    D = torch.diag(torch.tensor(diag, dtype=f64))
+    r = eigsh(D, k, block_size=b, seed=0)
+    ref = D.diagonal()[D.diagonal().abs().argsort(descending=True, stable=True)][:k]
+    torch.testing.assert_close((D @ r.eigvecs), r.eigvecs*r.eigvals, rtol=0, atol=1e-12)
+    torch.testing.assert_close(r.eigvecs.T @ r.eigvecs, torch.eye(k, dtype=f64), rtol=0, atol=1e-12)
+    assert r.info['matvecs'] <= 12
+    torch.testing.assert_close(r.eigvals.abs(), ref.abs(), rtol=0, atol=1e-12)
+
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_tiny_spaces(n):
+    g = torch.Generator().manual_seed(n); M = torch.randn(n, n, generator=g, dtype=f64); M = M + M.T
+    for k in range(1, n+1):
+        r = eigsh(M, k, seed=0); ref = torch.linalg.eigvalsh(M)
+        torch.testing.assert_close(r.eigvals.abs(), ref.abs().sort(descending=True).values[:k], rtol=1e-12, atol=1e-12)
+        assert (seigh(M, k, num_outer=n, num_inner=n, test_matrix='gauss', seed=0).eigvals.abs() - ref.abs().sort(descending=True).values[:k]).abs().max() < 1e-8
+
+def test_state_is_a_decomposition(lam):
+    "A Q = Q T + X B Eᵀ, QᵀQ = I"
+    A, s = SynthOperator(lam, seed=7), BlockLanczos(SynthOperator(lam, seed=7), 6, seed=1)
+    for _ in range(20): s.step()
+    m = s.size - s.newest; Q, T, X = s.Q[:, :m], s._T[:m, :m], s.Q[:, m:]
+    R = A @ Q - Q @ T; R[:, m-6:] -= X @ s.B
+    scale = lam.abs().max()
+    assert (R/scale).abs().max() < 1e-13 and (s.Q.T @ s.Q - torch.eye(s.size, dtype=f64)).abs().max() < 1e-13 and s.matvecs == m == 120
+
+@pytest.mark.parametrize('kind', ['ssrft', 'gauss', 'sign'])
+@pytest.mark.parametrize('dtype', [torch.float32, f64])
+def test_sketch_is_exact_at_full_rank(kind, dtype, device):
+    lam = torch.zeros(400, dtype=f64); lam[:15] = torch.linspace(3, 1, 15, dtype=f64)*torch.tensor([1., -1., 1.], dtype=f64).repeat(5)
+    A = SynthOperator(lam, seed=1, dtype=dtype, device=device)
+    for outer, inner in ((15, 30), (25, 60), (60, 60)):
+        r = seigh(A, 15, num_outer=outer, num_inner=inner, test_matrix=kind, seed=3)
+        tol = 5e-3 if dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(r.eigvals, A.eigvals[:15], rtol=tol, atol=tol)
+        assert abs(lost(A.eigvecs(15), r.eigvecs)) < tol and r.info['matvecs'] == inner and r.info['converged'] is None
+        torch.testing.assert_close(r.eigvecs.T @ r.eigvecs, torch.eye(15, dtype=dtype, device=device), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+def test_sketch_improves_with_size_and_eigsh_beats_it():
+    A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7); U = A.eigvecs(30)
+    errs = [np.mean([lost(U, seigh(A, 30, num_outer=o, num_inner=2*o, seed=s).eigvecs) for s in range(3)]) for o in (35, 70, 140, 240)]
+    assert errs == sorted(errs, reverse=True) and errs[0] > .1
+    r = eigsh(A, 30, seed=0)
+    assert lost(U, r.eigvecs) < 1e-8 < errs[-1] and r.info['matvecs'] < 240
+
+@pytest.mark.parametrize('m', [1, 63, 64, 65, 130])
+def test_blocks_of_measurements_do_not_matter(m):
+    "The sketch is made in chunks of 64 columns; its measurements are those of the whole test matrix"
+    Omega = TestMatrix(200, m, 'ssrft', seed=4)
+    W = Omega.columns(range(m)); U = column_noise(200, range(3), seed=0)
+    torch.testing.assert_close(Omega.T @ U, W.T @ U, rtol=0, atol=1e-10)
+
+def _nan_after(n, calls):
+    D, count = torch.linspace(1, 2, n, dtype=f64), [0]
+    def mm(V):
+        count[0] += 1
+        W = D[:, None]*V
+        if count[0] > calls: W[:, 2] = float('nan')
+        return W
+    return FunctionLinearOperator(mm, (n, n), rmatmat=mm, dtype=f64, device='cpu')
+
+A0 = torch.diag(torch.arange(1., 41, dtype=f64))
+M0 = column_noise(40, range(40), seed=0, kind='gauss')
+FAULTS = {
+    'k = 0': (lambda f: f(A0, 0, seed=0), ValueError, 'between 1 and n = 40, got 0'),
+    'k > n': (lambda f: f(A0, 41, seed=0), ValueError, 'between 1 and n = 40, got 41'),
+    'k not integer': (lambda f: f(A0, 2.5, seed=0), ValueError, 'k must be an integer'),
+    'rectangular': (lambda f: f(M0[:, :3], 1, seed=0), ValueError, 'square'),
+    'not finite': (lambda f: f(A0*float('inf'), 1, seed=0), FloatingPointError, 'not finite in column 0'),
+    'nan later': (lambda f: f(_nan_after(300, 1), 90, seed=0), FloatingPointError, 'not finite in column (2|66)'),
+    'no seed': (lambda f: f(A0, 1), TypeError, 'seed'),
+    'seed None': (lambda f: f(A0, 1, seed=None), (ValueError, TypeError), 'seed|integer|unsupported'),
+    'not a matrix': (lambda f: f('A', 1, seed=0), TypeError, 'cannot make a linear operator'),
+}
+
+@pytest.mark.parametrize('solve', [eigsh, seigh], ids=['eigsh', 'seigh'])
+@pytest.mark.parametrize('fault', FAULTS)
+def test_faults(solve, fault):
+    call, error, says = FAULTS[fault]
+    with pytest.raises(error, match=says): call(solve)
+
+@pytest.mark.parametrize('kw, says', [(dict(which='SM'), 'which must be'), (dict(tol=-1), 'tol must be'), (dict(tol=1), 'tol must be'), (dict(tol=float('nan')), 'tol must be'),
+    (dict(block_size=0), 'block_size must be'), (dict(block_size=41), 'block_size must be'), (dict(max_matvecs=2), 'below k')])
+def test_eigsh_arguments(kw, says):
+    with pytest.raises(ValueError, match=says): eigsh(A0, 5, seed=0, **kw)
+
+@pytest.mark.parametrize('kw, says', [(dict(num_outer=4), 'must hold'), (dict(num_outer=10, num_inner=9), 'must hold'), (dict(num_inner=41), 'must hold'),
+    (dict(test_matrix='fft'), 'test_matrix must be'), (dict(recovery='hmt'), 'recovery must be')])
+def test_seigh_arguments(kw, says):
+    with pytest.raises(ValueError, match=says): seigh(A0, 5, seed=0, **kw)
+
+def test_not_symmetric_is_named():
+    with pytest.raises(ValueError, match='not symmetric'): eigsh(M0, 3, seed=0)
+
+def test_out_of_budget_says_so():
+    A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7)
+    with pytest.warns(RuntimeWarning, match='not converged'): r = eigsh(A, 40, max_matvecs=45, seed=0)
+    assert r.info['converged'] is False and 'NOT CONVERGED' in repr(r) and r.info['matvecs'] <= 45
+    true = (A @ r.eigvecs - r.eigvecs*r.eigvals).norm(dim=0)
+    torch.testing.assert_close(true, r.info['residual_norms'], rtol=1e-6, atol=1e-12)
