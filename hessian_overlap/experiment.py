@@ -217,7 +217,7 @@ def run_overlap(
     if folder: record.save(folder.path)
     return record
 
-# %% ../nbs/41_experiment.ipynb #aed1ac83
+# %% ../nbs/41_experiment.ipynb #0df2b151
 def _measure_all(problem, run, s, folder, progress, echo, splits=("train", "test")):
     "All parts in order, each read or else computed and written; the bar counts Hessians, matvecs and their rate"
     pairs = [(i, step, split) for i, step in enumerate(run.steps) for split in splits]
@@ -243,7 +243,7 @@ def _measure_all(problem, run, s, folder, progress, echo, splits=("train", "test
 def _collect(run, parts, s, splits=("train", "test")):
     "The record of a training run and its parts"
     stack = lambda name: np.stack([o[name] for o in parts]).reshape(len(run.steps), len(splits), *np.shape(parts[0][name]))
-    env = dict(python=platform.python_version(), platform=platform.platform(), numpy=np.__version__, peak_memory_bytes=peak_memory())
+    env = dict(python=platform.python_version(), platform=f"{platform.system()} {platform.machine()}", numpy=np.__version__, peak_memory_bytes=peak_memory())
     return OverlapRecord(problem=s["problem"], n=s["n"], k=s["k"], method=s["method"], seed=s["seed"], samples=s["samples"], steps=run.steps, splits=splits,
         train_loss=run.train_loss, train_acc=run.train_acc, test_loss=run.test_loss, test_acc=run.test_acc, **{name: stack(name) for name in PART},
         settings={**s, "environment": env})
@@ -254,7 +254,7 @@ def peak_memory()->int|None: # bytes; None where the system does not tell
     except ImportError: return None
     return r.getrusage(r.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/41_experiment.ipynb #aae43888
+# %% ../nbs/41_experiment.ipynb #ae17a9ea
 def _settle(dtype, device):
     "A dtype and a device from their names"
     if dtype not in ("float32", "float64"): raise ValueError(f"unknown dtype {dtype!r}; choose float32 or float64")
@@ -269,6 +269,7 @@ def _threads(threads):
     asked = os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]
     return max(1, min(int(asked), os.cpu_count())) if asked.isdecimal() else 1
 
+# %% ../nbs/41_experiment.ipynb #6a7850a9
 def run(
     problem:str,              # name of the problem, such as mnist_mini
     k:int=350,                # largest mask size and number of eigenpairs
