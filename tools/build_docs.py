@@ -241,6 +241,7 @@ def check_pages(site):
         for alt, src in page.images:
             if not (alt or '').strip(): fault(f'an image without alternative text ({src}...): give its cell a `#| fig-alt:`')
         text = ''.join(page.words)
+        for raw in re.findall(r'\]\([\w./-]+\.(?:ipynb|html)[^)]*\)', text): fault(f'an unrendered link {raw}: a public name in backticks links itself')
         for m in RAW_TEX.finditer(text): fault(f'maths left as TeX: ...{text[max(0, m.start() - 30):m.end() + 30]!r}')
         for u in page.links:
             if re.match(r'(https?:|mailto:|javascript:|//)', u): continue
