@@ -15,7 +15,7 @@ from .sketch import EighResult, _check_problem
 # %% auto #0
 __all__ = ['BlockLanczos', 'eigsh']
 
-# %% ../nbs/21_krylov.ipynb #39e53bc4
+# %% ../nbs/21_krylov.ipynb #36c77b10
 class BlockLanczos:
     "Orthonormal basis Q of a block Krylov space of A with T = QᵀAQ, grown by one block a step (Golub and Underwood 1977)"
     def __init__(self,
@@ -26,7 +26,8 @@ class BlockLanczos:
     ):
         self.A,self.n = _check_problem(A, 1)
         if not 1<=block_size<=self.n: raise ValueError(f'block_size must be between 1 and n = {self.n}, got {block_size}')
-        self.block_size,self.seed,self.matvecs,self.steps,self.drawn,self.noise = block_size,seed,0,0,0,0.
+        self.block_size,self.seed,self.matvecs,self.steps,self.drawn = block_size,seed,0,0,0
+        self.noise = self.scale = 0. # largest asymmetry of T, and largest norm of an image, so far
         self._Qt = torch.empty(0, self.n, dtype=self.A.dtype, device=self.A.device) # rows are basis vectors, so that growing copies lines
         self.size,self._T = 0,torch.zeros(0, 0, dtype=torch.float64)
         self.fresh = True # the newest block has directions that no product has suggested
@@ -89,7 +90,7 @@ def _orthonormal(self:BlockLanczos, W, tiny=0.):
         X = torch.cat([X, Z[:,R.diagonal().abs()>1e-3]], 1) # noise that the basis swallows is drawn again
     return X
 
-# %% ../nbs/21_krylov.ipynb #6541faba
+# %% ../nbs/21_krylov.ipynb #3a6b8ed2
 @patch
 def step(self:BlockLanczos):
     "One block of products: extends T to the newest block, and the basis by the next one"
@@ -104,7 +105,7 @@ def step(self:BlockLanczos):
     W,C = self._project_out(W)
     old = self._T[:lo,lo:hi].clone() # what symmetry says C should be
     asym = torch.cat([(C[:lo]-old), (C[lo:]-C[lo:].T)/2]).norm(dim=0).max().item()
-    self.noise,self.scale = max(self.noise, asym), max(getattr(self, 'scale', 0.), image_norm)
+    self.noise,self.scale = max(self.noise, asym), max(self.scale, image_norm)
     if asym>max(1e-3, 1e3*eps)*self.scale:
         raise ValueError(f'the operator is not symmetric: <u, Av> and <Au, v> differ by {asym/self.scale:.1e} of its norm')
     C[lo:] = (C[lo:]+C[lo:].T)/2
@@ -156,7 +157,7 @@ class _Stopping:
         rate = (w0-w1)/(s1-s0)
         return max(1, min(state.steps//8, math.ceil(.8*w1/rate))) if rate>0 else max(1, state.steps//16)
 
-# %% ../nbs/21_krylov.ipynb #6d5dfccf
+# %% ../nbs/21_krylov.ipynb #7784d2a8
 def _check_eigsh(k, n, which, tol, block_size, max_matvecs):
     "The arguments, with defaults filled in"
     if which not in ('LM','LA','SA','BE'): raise ValueError(f"which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
@@ -165,7 +166,8 @@ def _check_eigsh(k, n, which, tol, block_size, max_matvecs):
     if not 1<=b<=n: raise ValueError(f'block_size must be between 1 and n = {n}, got {b}')
     if max_matvecs is None: max_matvecs = min(n, 10*k + 40*max(b, 10))
     if max_matvecs<k: raise ValueError(f'max_matvecs = {max_matvecs} is below k = {k}: {k} eigenpairs need at least as many products')
-    return b,min(max_matvecs, n)
+    limit = min(max_matvecs, n)
+    return max(c for c in range(1, b+1) if limit//c*c>=k), limit # whole blocks within the limit must hold k
 
 def _grow(state, stop, k, limit, progress):
     "Step until `stop` says done or `limit` products are used"
@@ -182,7 +184,7 @@ def _grow(state, stop, k, limit, progress):
     bar.close()
     return stop.done if stop.at==state.steps else stop(state)
 
-# %% ../nbs/21_krylov.ipynb #8f562017
+# %% ../nbs/21_krylov.ipynb #0853f050
 def eigsh(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     k:int, # number of eigenpairs, 1 ≤ k ≤ n
@@ -190,7 +192,7 @@ def eigsh(
     which:str='LM', # 'LM' largest |λ|, 'LA' largest λ, 'SA' smallest λ, 'BE' half from either end
     tol:float=1e-5, # residual norms at most tol·|λ|, or the rounding of one product if that is more; in [0, 1)
     block_size:int|None=None, # columns multiplied at once, at least 1; None: 10. Finds that many copies of an eigenvalue at a time
-    max_matvecs:int|None=None, # limit on products, at least k; it bounds the basis. None: 10 k + 40 blocks of at least 10, at most n
+    max_matvecs:int|None=None, # limit on products, at least k; it bounds the basis, and blocks are narrowed to fit it. None: 10 k + 40 blocks of at least 10, at most n
     seed:int, # of the first block
     progress:bool=False, # a tqdm bar over products
 )->EighResult: # k eigenpairs, most wanted first; info['converged'] says whether all residuals met the tolerance

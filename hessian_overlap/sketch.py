@@ -111,7 +111,7 @@ def _core(Q, Omega, Psi, W):
     M = _pinv_apply(right, _pinv_apply(left, W).T).T
     return (M+M.T)/2
 
-# %% ../nbs/20_sketch.ipynb #314a200c
+# %% ../nbs/20_sketch.ipynb #a0232e79
 def seigh(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     k:int, # number of eigenpairs, 1 ≤ k ≤ num_outer
@@ -137,5 +137,5 @@ def seigh(
     theta,F = torch.linalg.eigh(_core(Q, Omega, Psi, W))
     top = theta.abs().argsort(descending=True, stable=True)[:k]
     info = dict(method='seigh', matvecs=num_inner, converged=None, residual_norms=None, num_outer=num_outer, num_inner=num_inner,
-                test_matrix=test_matrix, recovery=recovery, passes=1, seconds=time.perf_counter()-start, seed=seed)
+                test_matrix=test_matrix, recovery=recovery, passes=1, basis_bytes=Y.numel()*Y.element_size(), seconds=time.perf_counter()-start, seed=seed)
     return EighResult(theta[top].to(A.dtype), Q @ F[:,top].to(A.dtype), info)

@@ -66,6 +66,13 @@ def test_which_is_as_in_scipy(which):
         ref = np.sort(scipy_eigsh(A.to_scipy(), k=k, which=which, return_eigenvectors=False, tol=1e-10))
         np.testing.assert_allclose(np.sort(eigsh(A, k, which=which, tol=1e-8, seed=0).eigvals.numpy()), ref, rtol=1e-9)
 
+@pytest.mark.parametrize('k, b, limit', [(5, 10, 7), (5, None, 5), (1, 20, 1), (3, 2, 3), (12, None, 12)])
+def test_budget_smaller_than_a_block(k, b, limit):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)
+        r = eigsh(SynthOperator(SPECTRA['slow tail, both signs'], seed=7), k, block_size=b, max_matvecs=limit, seed=0)
+    assert r.info['matvecs'] <= limit and len(r.eigvals) == k and r.info['converged'] is False and 'NOT CONVERGED' in repr(r)
+
 def test_order():
     A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7)
     assert (eigsh(A, 20, seed=0).eigvals.abs().diff() <= 0).all() and (eigsh(A, 20, which='LA', seed=0).eigvals.diff() <= 0).all()
