@@ -9,6 +9,7 @@ from .synthmat import SynthOperator, synth_eigvals
 from .problems import Problem, make_problem
 from .training import TrainingRun, train, load_params
 from .curvature import HessianLinearOperator
+from .ggn import GGNLinearOperator, EFLinearOperator
 from .sketch import EighResult, TestMatrix, seigh
 from .krylov import BlockLanczos, eigsh
 from .grassmann import principal_angles, chance_overlap
@@ -22,7 +23,8 @@ from .explore import explore_overlap
 
 __all__ = [
     'LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'SynthOperator', 'synth_eigvals',
-    'Problem', 'make_problem', 'TrainingRun', 'train', 'load_params', 'HessianLinearOperator',
+    'Problem', 'make_problem', 'TrainingRun', 'train', 'load_params',
+    'HessianLinearOperator', 'GGNLinearOperator', 'EFLinearOperator',
     'EighResult', 'TestMatrix', 'seigh', 'BlockLanczos', 'eigsh',
     'principal_angles', 'overlap', 'chance_overlap', 'Mask', 'magnitude_order', 'random_order', 'best_order',
     'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve',

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MNIST16_SHA256', 'HOW_TO_GET', 'MNIST_SHA256', 'MNIST_FOLDERS', 'MNIST_HOLDOUT', 'PROBLEMS', 'resize_images',
-           'balanced_indices', 'load_mnist16', 'parse_idx', 'load_mnist', 'mnist_mlp', 'Problem', 'make_problem']
+           'balanced_indices', 'load_mnist16', 'parse_idx', 'load_mnist', 'Problem', 'make_problem']
 
-# %% ../nbs/10_problems.ipynb #faa2f09e
+# %% ../nbs/10_problems.ipynb #396198fc
 import gzip, hashlib, io, math, operator, zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+from .models import _check_seed, _default_device, cifar10_3c3d, cifar100_allcnnc, mnist_mlp, resnet18
 
 # %% ../nbs/10_problems.ipynb #f5df2aa0
 def _triangle(
@@ -120,36 +121,6 @@ def load_mnist(
 )->tuple: # (train_x (60000, 28, 28) uint8, train_y (60000,) uint8, test_x (10000, 28, 28), test_y (10000,))
     "The full MNIST from IDX files, plain or .gz, checksums verified"
     return tuple(_read_mnist(root, name) for name in MNIST_SHA256)
-
-# %% ../nbs/10_problems.ipynb #fc5e2c97
-def _check_seed(seed)->int:
-    "A seed as an int in [0, 2³²), the range that PyTorch's Mersenne twister tells apart"
-    s = operator.index(seed)
-    if not 0 <= s < 2**32: raise ValueError(f'seed={s}: a seed is an integer from 0 to 2**32 - 1')
-    return s
-
-def _default_device(device=None)->torch.device:
-    "CUDA if it is there, unless told otherwise"
-    there = torch.cuda.device_count()
-    try: d = torch.device(device if device is not None else 'cuda' if there else 'cpu')
-    except (RuntimeError, TypeError): raise ValueError(f"device={device!r}: want 'cpu', 'cuda' or 'cuda:0'") from None
-    if d.type == 'cuda' and (d.index or 0) >= there: raise ValueError(
-        f"device={device!r}: PyTorch {torch.__version__} sees {there} CUDA devices here; use device='cpu'")
-    return d
-
-def mnist_mlp(
-    *, seed:int, # of the initial parameters
-    dtype:torch.dtype=torch.float32, # of the parameters; the draws are float32 in either case
-    device=None, # None: CUDA if it is there
-    widths:tuple=(256, 20, 20, 20, 20, 20, 10), # units per layer, input first
-)->nn.Sequential: # in eval mode; maps (N, 256) floats in [0, 1] to (N, 10) logits
-    "Tanh network with PyTorch's default initialisation U(-1/√fan_in, 1/√fan_in), drawn from `seed` alone"
-    gen, layers = torch.Generator().manual_seed(_check_seed(seed)), []
-    for i, (a, b) in enumerate(zip(widths, widths[1:])):
-        lin = nn.utils.skip_init(nn.Linear, a, b, device='cpu', dtype=torch.float32) # memory without numbers: the global generator is not touched
-        for p in lin.parameters(): nn.init.uniform_(p, -1/math.sqrt(a), 1/math.sqrt(a), generator=gen)
-        layers += [lin, nn.Tanh()] if i < len(widths) - 2 else [lin]
-    return nn.Sequential(*layers).to(device=_default_device(device), dtype=dtype).eval()
 
 # %% ../nbs/10_problems.ipynb #16e0bdfc
 @dataclass(repr=False, eq=False)
