@@ -353,7 +353,7 @@ def run_batches(a):
     H1, Hk = (HessianLinearOperator(model, loss_func, None, data) for data in ([(x, y)], list(zip(x.chunk(k), y.chunk(k)))))
     V, out = b.vectors(a.vectors), dict(batches=k)
     for name, W in dict(block=V, single=V[:, :1].contiguous()).items():
-        rows = [(b.seconds(lambda: H1 @ W), b.seconds(lambda: Hk @ W)) for _ in range(max(5, a.repeats) + 2)][2:]
+        rows = [(b.seconds(lambda: H1 @ W), b.seconds(lambda: Hk @ W)) for _ in range(max(3, a.repeats) + 1)][1:]
         out[name] = dict(one=statistics.median(s for s, _ in rows), several=statistics.median(t for _, t in rows),
                          ratio=statistics.median(t/s for s, t in rows))
     out['difference'] = difference(Hk @ V, (H1 @ V).cpu())
