@@ -159,54 +159,6 @@ def theta(self:CurvatureOperator)->Tensor: # (n,)
     "The flat parameters at which the curvature is taken"
     return torch.cat([self._state[k].reshape(-1) for k in self.names])
 
-# %% ../nbs/12_curvature.ipynb #d9b35a0e
-@patch
-def _size(self:CurvatureOperator, batch, out):
-    "What the batch's mean loss divides by"
-    pair = _is_pair(batch)
-    size = self.batch_size_fn(batch[0] if pair else batch) if self.batch_size_fn else None
-    if pair: return _normaliser(self.loss_func, out, batch[1], size)
-    return _normaliser(self.loss_func, None, None, len(_tensors(batch)[0]) if size is None else size)
-
-@patch
-def _check(self:CurvatureOperator, batch, out): "What a subclass demands of a batch"
-
-@patch
-def _pass(self:CurvatureOperator):
-    "One evaluation of all batches: their losses, gradients and normalisers"
-    losses,grads,norms,theta = [],[],[],self.theta.requires_grad_()
-    for b,batch in enumerate(self._batches()):
-        wrong = [t.dtype for t in _tensors(batch[0]) if t.is_floating_point() and t.dtype!=self.dtype] if _is_pair(batch) else []
-        if wrong: raise TypeError(f'the data is {wrong[0]}, the parameters are {self.dtype}: cast one of them')
-        with torch.enable_grad(): loss,out = self._loss(theta, batch)
-        if not isinstance(loss, Tensor): raise TypeError(f'loss_func must give a scalar tensor, got {type(loss).__name__}')
-        if loss.dim(): raise ValueError(f"loss_func must give a scalar, got shape {tuple(loss.shape)}: use reduction='mean' or 'sum'")
-        if not loss.requires_grad: raise ValueError('the loss does not depend on the parameters')
-        g,loss = torch.autograd.grad(loss, theta, materialize_grads=True)[0], loss.detach()
-        if not torch.isfinite(loss) or not torch.isfinite(g).all():
-            raise FloatingPointError(f'the loss of batch {b} is {loss.item()} and {int((~torch.isfinite(g)).sum())} entries of its gradient are not finite: check the parameters and the data')
-        self._check(batch, out)
-        losses.append(loss); grads.append(g); norms.append(self._size(batch, out))
-    if not losses: raise ValueError('data is empty: a Hessian needs at least one batch (a generator is used up after one pass, give a list)')
-    return losses,grads,norms
-
-@patch
-def _first_pass(self:CurvatureOperator, check):
-    losses,grads,self._norms = self._pass()
-    norms = self._norms
-    self._shares = [1.]*len(norms) if None in norms else [w/sum(norms) for w in norms]
-    total = lambda ts: sum(t*w for t,w in zip(ts, self._shares))
-    self.loss,self.gradient = total(losses).item(), total(grads)
-    if not check: return
-    again,grads2,_ = self._pass()
-    tol = 1e3*torch.finfo(self.dtype).eps
-    same = lambda a,b: (a-b).norm() <= tol*(a.norm()+b.norm())
-    if len(again)!=len(losses): raise ValueError(f'data gave {len(losses)} batches, then {len(again)}: it must give the same batches every time')
-    if all(map(same, losses, again)) and all(map(same, grads, grads2)): return
-    cause = ('the data loader shuffles or augments' if len(losses)>1 or not isinstance(self.data, (list,tuple))
-             else 'the model or the loss draws random numbers')
-    raise ValueError(f'two evaluations of the same loss differ ({losses[0].item():.8g}, then {again[0].item():.8g} in the first batch): probably {cause}; a Hessian needs the same function every time')
-
 # %% ../nbs/12_curvature.ipynb #7aea833e
 class _Saved:
     "Counts the bytes that autograd saves inside the `with` block"
@@ -222,7 +174,95 @@ class _Saved:
     @property
     def nbytes(self): return sum(self.storages.values())
 
-# %% ../nbs/12_curvature.ipynb #edcdf35e
+# %% ../nbs/12_curvature.ipynb #0c8735b6
+@patch
+def _size(self:CurvatureOperator, batch, out):
+    "What the batch's mean loss divides by"
+    pair = _is_pair(batch)
+    size = self.batch_size_fn(batch[0] if pair else batch) if self.batch_size_fn else None
+    if pair: return _normaliser(self.loss_func, out, batch[1], size)
+    return _normaliser(self.loss_func, None, None, len(_tensors(batch)[0]) if size is None else size)
+
+@patch
+def _check(self:CurvatureOperator, batch, out): "What a subclass demands of a batch"
+
+@patch
+def _pass(self:CurvatureOperator):
+    "One evaluation of all batches: losses, normalisers, bytes and some entries of each gradient; and the sum of the gradients times normalisers"
+    losses,norms,sizes,some,theta = [],[],[],[],self.theta.requires_grad_()
+    total,entries = torch.zeros_like(theta),torch.linspace(0, len(theta)-1, min(1000, len(theta)), device=self.device).long()
+    for b,batch in enumerate(self._batches()):
+        wrong = [t.dtype for t in _tensors(batch[0]) if t.is_floating_point() and t.dtype!=self.dtype] if _is_pair(batch) else []
+        if wrong: raise TypeError(f'the data is {wrong[0]}, the parameters are {self.dtype}: cast one of them')
+        with torch.enable_grad(), _Saved() as saved: loss,out = self._loss(theta, batch)
+        if not isinstance(loss, Tensor): raise TypeError(f'loss_func must give a scalar tensor, got {type(loss).__name__}')
+        if loss.dim(): raise ValueError(f"loss_func must give a scalar, got shape {tuple(loss.shape)}: use reduction='mean' or 'sum'")
+        if not loss.requires_grad: raise ValueError('the loss does not depend on the parameters')
+        g,loss = torch.autograd.grad(loss, theta, materialize_grads=True)[0], loss.detach()
+        if not torch.isfinite(loss) or not torch.isfinite(g).all():
+            raise FloatingPointError(f'the loss of batch {b} is {loss.item()} and {int((~torch.isfinite(g)).sum())} entries of its gradient are not finite: check the parameters and the data')
+        self._check(batch, out)
+        losses.append(loss); norms.append(self._size(batch, out)); sizes.append(saved.nbytes); some.append(torch.cat([g[entries], g.norm()[None]]))
+        total = total.detach() + g*(1. if norms[-1] is None else norms[-1])
+    if not losses: raise ValueError('data is empty: a Hessian needs at least one batch (a generator is used up after one pass, give a list)')
+    return losses,norms,sizes,some,total
+
+@patch
+def _first_pass(self:CurvatureOperator, check):
+    losses,self._norms,sizes,grads,total = self._pass()
+    self._shares = [1.]*len(losses) if None in self._norms else [w/sum(self._norms) for w in self._norms]
+    self.loss,self.gradient = sum(t*w for t,w in zip(losses, self._shares)).item(), total/(1. if None in self._norms else sum(self._norms))
+    if check: self._second_pass(losses, grads)
+    self._merge(losses, sizes)
+
+@patch
+def _second_pass(self:CurvatureOperator, losses, grads):
+    again,_,_,grads2,_ = self._pass()
+    tol = 1e3*torch.finfo(self.dtype).eps
+    same = lambda a,b: (a-b).norm() <= tol*(a.norm()+b.norm())
+    if len(again)!=len(losses): raise ValueError(f'data gave {len(losses)} batches, then {len(again)}: it must give the same batches every time')
+    if all(map(same, losses, again)) and all(map(same, grads, grads2)): return
+    cause = ('the data loader shuffles or augments' if len(losses)>1 or not isinstance(self.data, (list,tuple))
+             else 'the model or the loss draws random numbers')
+    raise ValueError(f'two evaluations of the same loss differ ({losses[0].item():.8g}, then {again[0].item():.8g} in the first batch): probably {cause}; a Hessian needs the same function every time')
+
+# %% ../nbs/12_curvature.ipynb #c2ac4342
+def _cat(batches):
+    "Batches of one structure as a single one; None where they do not fit together"
+    if len(batches)==1: return batches[0]
+    flat,specs = zip(*map(tree_flatten, batches))
+    fits = lambda ts: all(isinstance(t, Tensor) and t.dim()>0 and t.shape[1:]==ts[0].shape[1:] and t.dtype==ts[0].dtype for t in ts)
+    if any(s!=specs[0] for s in specs) or not all(map(fits, zip(*flat))): return None
+    return tree_unflatten([torch.cat(ts) for ts in zip(*flat)], specs[0])
+
+@patch
+def _merge(self:CurvatureOperator, losses, sizes):
+    "Sets how many batches go together, if their joint loss is the one of the parts; norms and shares follow"
+    self._groups,room = [],0
+    for s in sizes:
+        if self._groups and s<=room: self._groups[-1] += 1; room -= s
+        else: self._groups.append(1); room = self.memory/16-s
+    starts = [sum(self._groups[:i]) for i in range(len(self._groups))]
+    w = [1. if n is None else n for n in self._norms]
+    try:
+        for b,c,batch in zip(starts, self._groups, self._joined()):
+            if c==1: continue
+            if batch is None: raise ValueError('shapes differ')
+            with torch.no_grad(): loss,out = self._loss(self.theta, batch)
+            part = sum(l*v for l,v in zip(losses[b:b+c], w[b:b+c]))/(1. if None in self._norms else sum(w[b:b+c]))
+            if not (loss-part).abs() <= 1e3*torch.finfo(self.dtype).eps*part.abs().clamp_min(1e-3): raise ValueError('another loss')
+    except (ValueError,RuntimeError): self._groups,starts = [1]*len(losses),list(range(len(losses)))
+    add = lambda xs: [sum(xs[b:b+c]) for b,c in zip(starts, self._groups)]
+    self._shares = self._shares if None in self._norms and len(self._groups)==len(losses) else [1.]*len(starts) if None in self._norms else add(self._shares)
+    self._norms = [None]*len(starts) if None in self._norms else add(self._norms)
+
+@patch
+def _joined(self:CurvatureOperator, start=0):
+    "Groups of batches as batches, from group number `start`"
+    it = iter(self._batches(sum(self._groups[:start])))
+    for c in self._groups[start:]: yield _cat(list(islice(it, c)))
+
+# %% ../nbs/12_curvature.ipynb #564831bf
 _UNKEPT = {'linear':'single', 'linear-batched':'batched'} # a program is worth its making only if it is kept
 
 @patch
@@ -232,7 +272,7 @@ def _products(self:CurvatureOperator, strategy):
     yield from (f for f,_ in self._kept)
     first = len(self._kept)
     if first==len(self._shares): return
-    for b,batch in enumerate(self._batches(first), first):
+    for b,batch in enumerate(self._joined(first), first):
         full = len(self._kept)<b
         f,nbytes = self._product(batch, self._norms[b], _UNKEPT.get(strategy, strategy) if full else strategy)
         if not full and (len(self._norms)==1 or nbytes + sum(m for _,m in self._kept) <= self.memory/2): self._kept.append((f,nbytes))
@@ -258,7 +298,7 @@ def _matmat(self:CurvatureOperator, V):
     bar.close()
     return W
 
-# %% ../nbs/12_curvature.ipynb #48e3c979
+# %% ../nbs/12_curvature.ipynb #a6ea1f74
 def _columns(f, batched):
     "f: (n,), False -> (n,) and (m, n), True -> (m, n), as one function of columns"
     state = [batched]
@@ -285,12 +325,8 @@ def _linearised(self:CurvatureOperator, what, f, batch, value):
         ts = iter(ts)
         return f(theta, tree_unflatten([next(ts) if isinstance(t, Tensor) else t for t in leaves], spec))
     key = (what, str(spec), *((t.shape,t.dtype) if isinstance(t, Tensor) else repr(t) for t in leaves))
-    try:
-        if key not in self._records: self._records[key] = record(on, self.theta, *tensors)
-        y,program,nbytes = linearise(self._records[key], self.theta, *tensors)
-    except RuntimeError as e: # the model branches on its data: a recording for this batch alone
-        if 'tracing tensor' not in str(e): raise
-        y,program,nbytes = linearise(lambda t: on(t, *tensors), self.theta)
+    if key not in self._records: self._records[key] = record(on, self.theta, *tensors)
+    y,program,nbytes = linearise(self._records[key], self.theta, *tensors)
     if (y-value).norm() > torch.finfo(self.dtype).eps**.5*value.norm(): raise NotImplementedError('the recorded function is another one')
     return program,nbytes
 
@@ -309,7 +345,7 @@ class HessianLinearOperator(CurvatureOperator):
         def back(v, batched): return torch.autograd.grad(g, theta, v, retain_graph=True, is_grads_batched=batched, materialize_grads=True)[0]
         return _columns(back, strategy=='batched'),saved.nbytes
 
-# %% ../nbs/12_curvature.ipynb #cda72e21
+# %% ../nbs/12_curvature.ipynb #c3c5e5b2
 @patch
 def _seconds(self:CurvatureOperator, f, V, repeat=2):
     "Product and the seconds it takes, the best of a few"
@@ -324,7 +360,7 @@ def _seconds(self:CurvatureOperator, f, V, repeat=2):
 @patch
 def _measure(self:CurvatureOperator, V):
     "The fastest strategy for columns like those of V, on the first batch"
-    batch,theta,best,ref = next(iter(self._batches())),self.theta.requires_grad_(),None,None
+    batch,theta,best,ref = next(self._joined()),self.theta.requires_grad_(),None,None
     def grad(_):
         with torch.enable_grad(): return torch.autograd.grad(self._loss(theta, batch)[0], theta, materialize_grads=True)[0]
     self._gradient_seconds = self._seconds(grad, None)[1]
@@ -366,7 +402,7 @@ def info(self:CurvatureOperator)->dict:
     used = self.strategy or self._chosen or ('batched' if self.shape[0]<2**16 else None)
     grad = getattr(self, '_gradient_seconds', None)
     return dict(strategy=used, seconds_per_vector=dict(self._rates), seconds_per_gradient=grad, gradients_per_vector=self._rates[used]/grad if grad else None,
-                batches=len(self._shares), batches_kept=len(self._kept), bytes_kept=sum(m for _,m in self._kept), chunk_size=self.chunk_size, memory=self.memory)
+                batches=sum(self._groups), groups=len(self._groups), groups_kept=len(self._kept), bytes_kept=sum(m for _,m in self._kept), chunk_size=self.chunk_size, memory=self.memory)
 
 @patch
 def __repr__(self:CurvatureOperator):

@@ -163,7 +163,7 @@ def test_every_strategy_is_the_same_operator(name, kind, split, device):
         ref = W if ref is None else ref
         torch.testing.assert_close(W, ref, rtol=1e-9, atol=1e-11*ref.abs().max().clamp_min(1).item())
         torch.testing.assert_close(H @ eye(H)[:, 1], ref[:, 1], rtol=1e-9, atol=1e-11*ref.abs().max().clamp_min(1).item())
-        assert H.info['batches_kept'] == len(split) and H.info['strategy'] == s
+        assert H.info['groups_kept'] == H.info['groups'] and H.info['strategy'] == s
 
 def test_positive_semi_definite(name):
     model, loss, x, y = make(name)
@@ -436,7 +436,7 @@ def test_the_strategy_is_measured_once_and_said(kind, device):
     W = H @ V
     info = H.info
     assert info['strategy'] in H.strategies and all(isinstance(t, float) and t > 0 for t in info['seconds_per_vector'].values()) and len(info['seconds_per_vector']) == 4
-    assert info['strategy'] in repr(H) and 'gradients a vector' in repr(H) and info['batches_kept'] == 1 and info['bytes_kept'] > 0
+    assert info['strategy'] in repr(H) and 'gradients a vector' in repr(H) and info['groups_kept'] == 1 and info['bytes_kept'] > 0
     torch.testing.assert_close(W, fixed @ V, rtol=1e-9, atol=1e-12)
     before = dict(info['seconds_per_vector'])
     H @ V
@@ -471,11 +471,12 @@ def test_memory_bounds_what_is_kept(kind, strategy):
     V = column_noise(HessianLinearOperator(model, loss, None, data).shape[0], range(9), seed=0)
     all_kept = OPERATORS[kind](model, loss, None, data, strategy=strategy)
     ref = all_kept @ V
-    assert all_kept.info['batches_kept'] == 4
-    one = max(b for _, b in all_kept._kept)
+    assert (all_kept.info['batches'], all_kept.info['groups_kept']) == (4, 1)
+    one = OPERATORS[kind](model, loss, None, data[:1], strategy=strategy)
+    one @ V; one = one.info['bytes_kept']
     some = OPERATORS[kind](model, loss, None, data, strategy=strategy, memory=5*one)
     for _ in range(2): torch.testing.assert_close(some @ V, ref, rtol=1e-9, atol=1e-12)
-    assert some.info['batches_kept'] == 2 and some.info['bytes_kept'] <= some.memory/2 and some.chunk_size < all_kept.chunk_size
+    assert some.info['groups_kept'] == 2 and some.info['bytes_kept'] <= some.memory/2 and some.chunk_size < all_kept.chunk_size
     assert OPERATORS[kind](model, loss, None, data, memory=1).chunk_size == 1
 
 def test_kept_batches_are_not_read_again():
@@ -513,5 +514,17 @@ def test_a_model_that_branches_on_its_data():
     _, loss, x, y = make('mlp, cross-entropy')
     model = Branch().double()
     data = [(x.abs()[:5], y[:5]), (-x.abs()[5:10], y[5:10])] # the same shape, different branches
-    W = [A @ eye(A) for A in (HessianLinearOperator(model, loss, None, data, strategy=s) for s in HessianLinearOperator.strategies)]
-    for w in W: torch.testing.assert_close(w, W[0], rtol=1e-10, atol=1e-13)
+    a, b = (HessianLinearOperator(model, loss, None, [d]) for d in data)
+    H = HessianLinearOperator(model, loss, None, data)
+    assert H.info['groups'] == 2 # the joint loss would be another one
+    torch.testing.assert_close(H @ eye(H), ((a + b)*.5) @ eye(H))
+    for s in ('linear', 'linear-batched'): # a recording would follow one branch only
+        with pytest.raises(RuntimeError, match='data-dependent'): HessianLinearOperator(model, loss, None, data, strategy=s) @ eye(H)
+
+def test_a_loss_that_couples_samples_is_not_joined():
+    model, _, x, y = make('relu, mse')
+    loss = lambda out, y: (out - out.mean(0)).pow(2).mean()
+    data = [(x[:5], y[:5]), (x[5:], y[5:])]
+    a, b = (HessianLinearOperator(model, loss, None, [d]) for d in data)
+    H = HessianLinearOperator(model, loss, None, data)
+    torch.testing.assert_close(H @ eye(H), (a*(5/11) + b*(6/11)) @ eye(H))
