@@ -174,7 +174,7 @@ class _Saved:
     @property
     def nbytes(self): return sum(self.storages.values())
 
-# %% ../nbs/12_curvature.ipynb #0c8735b6
+# %% ../nbs/12_curvature.ipynb #d09e3879
 @patch
 def _size(self:CurvatureOperator, batch, out):
     "What the batch's mean loss divides by"
@@ -186,6 +186,7 @@ def _size(self:CurvatureOperator, batch, out):
 @patch
 def _check(self:CurvatureOperator, batch, out): "What a subclass demands of a batch"
 
+# %% ../nbs/12_curvature.ipynb #6e2534fe
 @patch
 def _pass(self:CurvatureOperator):
     "One evaluation of all batches: losses, normalisers, bytes and some entries of each gradient; and the sum of the gradients times normalisers"
@@ -207,6 +208,7 @@ def _pass(self:CurvatureOperator):
     if not losses: raise ValueError('data is empty: a Hessian needs at least one batch (a generator is used up after one pass, give a list)')
     return losses,norms,sizes,some,total
 
+# %% ../nbs/12_curvature.ipynb #d2adfd45
 @patch
 def _first_pass(self:CurvatureOperator, check):
     losses,self._norms,sizes,grads,total = self._pass()
@@ -262,7 +264,7 @@ def _joined(self:CurvatureOperator, start=0):
     it = iter(self._batches(sum(self._groups[:start])))
     for c in self._groups[start:]: yield _cat(list(islice(it, c)))
 
-# %% ../nbs/12_curvature.ipynb #564831bf
+# %% ../nbs/12_curvature.ipynb #57e52ba8
 _UNKEPT = {'linear':'single', 'linear-batched':'batched'} # a program is worth its making only if it is kept
 
 @patch
@@ -288,31 +290,31 @@ def chunk_size(self:CurvatureOperator)->int: # columns
 
 @patch
 def _matmat(self:CurvatureOperator, V):
-    W,strategy = torch.zeros_like(V), self._strategy_for(V)
+    W,strategy = V.new_zeros(V.shape[::-1]), self._strategy_for(V) # vectors lie in memory as rows
     bar = tqdm(total=len(self._shares)*V.shape[1], desc='Curvature products', leave=False, disable=not self.progress)
     with torch.no_grad():
         for f,w in zip(self._products(strategy), self._shares, strict=True):
             for c in range(0, V.shape[1], m:=self.chunk_size):
-                W[:,c:c+m] += w*f(V[:,c:c+m])
+                W[c:c+m] += w*f(V[:,c:c+m].T.contiguous())
                 bar.update(min(m, V.shape[1]-c))
     bar.close()
-    return W
+    return W.T
 
-# %% ../nbs/12_curvature.ipynb #a6ea1f74
-def _columns(f, batched):
-    "f: (n,), False -> (n,) and (m, n), True -> (m, n), as one function of columns"
+# %% ../nbs/12_curvature.ipynb #045e4ba6
+def _rows(f, batched):
+    "f: (n,), False -> (n,) and (m, n), True -> (m, n), as one function of rows (m, n)"
     state = [batched]
-    def apply(V):
-        if state[0] and V.shape[1]>1:
-            try: return f(V.T, True).T
+    def apply(R):
+        if state[0] and len(R)>1:
+            try: return f(R, True)
             except RuntimeError as e:
                 if isinstance(e, torch.OutOfMemoryError): raise
                 state[0] = False # an operation of the model has no batched backward pass
-        return torch.stack([f(v, False) for v in V.T], 1)
+        return torch.stack([f(v, False) for v in R])
     return apply
 
 def _program(program, shape):
-    "A linearised program, None for zero, as a function for `_columns`"
+    "A linearised program, None for zero, as a function for `_rows`"
     if program is None: return lambda v,batched: v.new_zeros(*([len(v)] if batched else []), *shape)
     return lambda v,batched: torch.func.vmap(program)(v) if batched else program(v)
 
@@ -330,7 +332,7 @@ def _linearised(self:CurvatureOperator, what, f, batch, value):
     if (y-value).norm() > torch.finfo(self.dtype).eps**.5*value.norm(): raise NotImplementedError('the recorded function is another one')
     return program,nbytes
 
-# %% ../nbs/12_curvature.ipynb #74c7f4d8
+# %% ../nbs/12_curvature.ipynb #ebc353e4
 class HessianLinearOperator(CurvatureOperator):
     "The Hessian ∇²L(θ) of the loss of a model over data, as a symmetric operator; θ as it is at construction"
     strategies = ('batched','single','linear','linear-batched')
@@ -340,12 +342,12 @@ class HessianLinearOperator(CurvatureOperator):
             g = torch.autograd.grad(self._loss(theta, batch)[0], theta, create_graph=not linear, materialize_grads=True)[0]
         if linear:
             program,nbytes = self._linearised('gradient', lambda t,batch: torch.func.grad(lambda t: self._loss(t, batch)[0])(t), batch, g)
-            return _columns(_program(program, g.shape), strategy=='linear-batched'),nbytes
+            return _rows(_program(program, g.shape), strategy=='linear-batched'),nbytes
         if not g.requires_grad: return torch.zeros_like,0 # the loss is linear in θ
         def back(v, batched): return torch.autograd.grad(g, theta, v, retain_graph=True, is_grads_batched=batched, materialize_grads=True)[0]
-        return _columns(back, strategy=='batched'),saved.nbytes
+        return _rows(back, strategy=='batched'),saved.nbytes
 
-# %% ../nbs/12_curvature.ipynb #c3c5e5b2
+# %% ../nbs/12_curvature.ipynb #848da157
 @patch
 def _seconds(self:CurvatureOperator, f, V, repeat=2):
     "Product and the seconds it takes, the best of a few"
@@ -357,6 +359,7 @@ def _seconds(self:CurvatureOperator, f, V, repeat=2):
         sync(); times.append(time.perf_counter()-t)
     return W,min(times)
 
+# %% ../nbs/12_curvature.ipynb #e354ddba
 @patch
 def _measure(self:CurvatureOperator, V):
     "The fastest strategy for columns like those of V, on the first batch"
@@ -368,23 +371,25 @@ def _measure(self:CurvatureOperator, V):
         try:
             f,nbytes = self._product(batch, self._norms[0], s)
             self._work = max(self._work, nbytes)
-            W,t = self._seconds(f, V[:,:1 if s in ('single','linear') else (m:=min(2, self.chunk_size))])
-            rate = t/W.shape[1]
-            if W.shape[1]==2 and V.shape[1]>2 and rate<2*self._rates[best]: # more columns may batch better
-                W,t = self._seconds(f, V[:,:min(8, self.chunk_size)])
-                rate = t/W.shape[1]
+            rows = lambda m: V[:,:m].T.contiguous()
+            W,t = self._seconds(f, rows(1 if s in ('single','linear') else min(2, self.chunk_size)))
+            rate = t/len(W)
+            if len(W)==2 and V.shape[1]>2 and rate<2*self._rates[best]: # more columns may batch better
+                W,t = self._seconds(f, rows(min(16, self.chunk_size)))
+                rate = t/len(W)
         except (RuntimeError,NotImplementedError,TypeError,ValueError,AttributeError,AssertionError,KeyError) as e:
             if s=='single': raise
             self._rates[s] = f'not possible: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
             continue
-        ref = W[:,:1] if ref is None else ref
-        if not (W[:,:1]-ref).norm() <= torch.finfo(self.dtype).eps**.5*ref.norm(): self._rates[s] = 'wrong'
+        ref = W[0] if ref is None else ref
+        if not (W[0]-ref).norm() <= torch.finfo(self.dtype).eps**.5*ref.norm(): self._rates[s] = 'wrong'
         else:
             self._rates[s] = rate
             if best is None or rate<.9*self._rates[best]: best = s
         del f
     return best
 
+# %% ../nbs/12_curvature.ipynb #08ba21c7
 @patch
 def _strategy_for(self:CurvatureOperator, V):
     "The strategy to multiply V with"

@@ -122,7 +122,7 @@ def _conv_backward(p, op, args, kwargs, dots, y):
     if dw is not None: ask(grad, x, dw, [mask[0],False,False])
     return [p.add(*t) for t in terms]
 
-# %% ../nbs/03_linearise.ipynb #3821bfb0
+# %% ../nbs/03_linearise.ipynb #9b526d0e
 def _sum(p, op, args, kwargs, dots, y):
     "Rule 3 for add and sub"
     scale,(a,b) = kwargs.get('alpha', 1)*(-1 if _name(op)=='sub' else 1),(dots+[None])[:2]
@@ -140,6 +140,7 @@ def _pointwise(p, op, args, kwargs, dots, y):
     cs = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
     return p.add(*[p.call(_aten.mul.Tensor, dots[i], c.contiguous()) for i,c in zip(idx, cs) if c is not None and bool((c!=0).any())])
 
+# %% ../nbs/03_linearise.ipynb #50b22af5
 def _softmax(p, op, args, kwargs, dots, y):
     "Rule 3 for softmax and its logarithm"
     s,dim = (y if _name(op)=='_softmax' else y.exp()),[args[1]]
