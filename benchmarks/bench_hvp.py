@@ -12,7 +12,7 @@ same total, and peak memory at 1000 columns against 16.
 benchmarks/README.md says how to install the peers beside torch without touching it.
 """
 # The parent process imports neither torch nor NumPy: on Linux a child's ru_maxrss starts at its parent's size.
-import argparse, gc, importlib.metadata, json, math, os, platform, resource, signal, statistics, subprocess, sys, tempfile, time, warnings
+import argparse, gc, importlib.metadata, json, os, platform, re, resource, signal, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 PEERS = dict(curvlinops='curvlinops-for-pytorch', pyhessian='PyHessian', hessian_eigenthings='hessian-eigenthings') # module: distribution
@@ -240,10 +240,21 @@ class Bench:
         first = self.seconds(self.gradient)
         return statistics.median([first] + [self.seconds(self.gradient) for _ in range(min(20, int(.05/first)))])
 
-    def peak(self): # bytes: the most that the process ever held (CPU) or that torch ever allocated (CUDA)
+    def peak(self): # bytes: the most that the process held (CPU) or that torch allocated (CUDA) since `baseline` began
         import torch
         if self.device.type == 'cuda': return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+        try: return 1024*int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])
+        except (OSError, TypeError): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+
+    def baseline(self): # the peak of one gradient; what was there before and is gone, such as the data in their first form, would hide small peaks
+        import torch
+        gc.collect()
+        if self.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            try: Path('/proc/self/clear_refs').write_text('5') # Linux: the peak starts again from what is held now
+            except OSError: pass
+        self.gradient()
+        return self.peak()
 
     def way(self, name):
         "A way to multiply; the peers and plain torch get the attention without fused kernels, which lack a second derivative"
@@ -311,7 +322,7 @@ def run_method(a):
     del warm; gc.collect()
     b = Bench(a)
     V = b.vectors(a.vectors); v = V[:, :1].contiguous()
-    b.gradient(); base = b.peak()
+    base = b.baseline()
     start = time.perf_counter()
     apply = b.way(a.method)
     setup = time.perf_counter() - start
@@ -342,7 +353,7 @@ def run_batches(a):
     H1, Hk = (HessianLinearOperator(model, loss_func, None, data) for data in ([(x, y)], list(zip(x.chunk(k), y.chunk(k)))))
     V, out = b.vectors(a.vectors), dict(batches=k)
     for name, W in dict(block=V, single=V[:, :1].contiguous()).items():
-        rows = [(b.seconds(lambda: H1 @ W), b.seconds(lambda: Hk @ W)) for _ in range(max(5, a.repeats) + 2)][2:]
+        rows = [(b.seconds(lambda: H1 @ W), b.seconds(lambda: Hk @ W)) for _ in range(max(3, a.repeats) + 1)][1:]
         out[name] = dict(one=statistics.median(s for s, _ in rows), several=statistics.median(t for _, t in rows),
                          ratio=statistics.median(t/s for s, t in rows))
     out['difference'] = difference(Hk @ V, (H1 @ V).cpu())
@@ -357,7 +368,7 @@ def run_columns(a):
     b = Bench(a)
     V = torch.ones(b.n, a.vectors, device=b.device) # touched, so that it is in memory before the baseline
     V.normal_(generator=torch.Generator(b.device).manual_seed(1))
-    b.gradient(); base = b.peak()
+    base = b.baseline()
     apply = b.way('ours')
     s = b.seconds(lambda: apply(V))
     return dict(columns=a.vectors, first_seconds=s, memory=b.peak() - base, result=V.numel()*V.element_size())
@@ -467,6 +478,7 @@ def main():
     if a.worker: return Path(a.answer).write_text(json.dumps(worker(a)))
     out = Path(a.out or f"benchmarks/results/bench_hvp{'_cuda' if a.device.startswith('cuda') else ''}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if os.getloadavg()[0] > .5: print(f'this machine is busy (load {os.getloadavg()[0]:.1f}): times will be off, badly so with more threads than free cores', file=sys.stderr)
     result = dict(environment=call(a, 'run_environment'), repeats=a.repeats, problems={})
     if result['environment']['status'] != 'ok': sys.exit(result['environment']['why'])
     with tempfile.TemporaryDirectory() as folder:

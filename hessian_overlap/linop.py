@@ -126,3 +126,73 @@ def to_scipy(self:LinearOperator):
         return f
     mm,rmm = wrap(self),wrap(self.T)
     return ScipyOperator(self.shape, matvec=mm, matmat=mm, rmatvec=rmm, rmatmat=rmm, dtype=dtype)
+
+# %% ../nbs/01_linop.ipynb #ad334b3a
+class _Sum(LinearOperator):
+    "c₁A₁ + c₂A₂ + …, each a multiple of an operator"
+    def __init__(self, terms):
+        (_,A),*rest = self.terms = terms
+        for _,B in rest:
+            if (B.shape,B.dtype,B.device)!=(A.shape,A.dtype,A.device): raise ValueError(f'operators that are added must share shape, dtype and device, got {A} and {B}')
+        super().__init__(A.shape, A.dtype, A.device, symmetric=all(B.symmetric for _,B in terms))
+    def _matmat(self, V): return sum(c*B._matmat(V) for c,B in self.terms)
+    def _rmatmat(self, U): return sum(c*B._rmatmat(U) for c,B in self.terms)
+
+def _terms(A): return A.terms if isinstance(A, _Sum) else [(1.,A)]
+
+@patch
+def __add__(self:LinearOperator, other)->LinearOperator:
+    "A + B, of operators or an operator and a tensor"
+    if isinstance(other, (int,float)): return NotImplemented if other else self # 0, where sum() starts
+    return _Sum(_terms(self) + _terms(aslinearoperator(other)))
+
+@patch
+def __mul__(self:LinearOperator, c:float)->LinearOperator:
+    "c A for a real number c"
+    if isinstance(c, Tensor) and c.dim()==0: c = c.item()
+    if isinstance(c, bool) or not isinstance(c, (int,float,np.integer,np.floating)): return NotImplemented
+    return _Sum([(float(c)*d,B) for d,B in _terms(self)])
+
+@patch
+def __neg__(self:LinearOperator)->LinearOperator: return self*-1.
+@patch
+def __sub__(self:LinearOperator, other)->LinearOperator: return self + -aslinearoperator(other)
+LinearOperator.__radd__,LinearOperator.__rmul__ = LinearOperator.__add__,LinearOperator.__mul__
+
+# %% ../nbs/01_linop.ipynb #8afaa2d3
+class _Block(LinearOperator):
+    "A[rows][:, columns]"
+    def __init__(self, A, rows, cols):
+        self.A,self.rows,self.cols = A,rows,cols
+        super().__init__((len(rows),len(cols)), A.dtype, A.device, symmetric=A.symmetric and torch.equal(rows, cols))
+    def _apply(self, V, f, n, put, take):
+        X = V.new_zeros(n, V.shape[1])
+        X[put] = V
+        return f(X)[take]
+    def _matmat(self, V): return self._apply(V, self.A._matmat, self.A.shape[1], self.cols, self.rows)
+    def _rmatmat(self, U): return self._apply(U, self.A._rmatmat, self.A.shape[0], self.rows, self.cols)
+
+def _index(A, which, n):
+    "Positions from positions, a mask, a slice, or names of parameters"
+    if isinstance(which, slice): idx = torch.arange(n)[which]
+    elif isinstance(which, str) or isinstance(which, (list,tuple)) and which and isinstance(which[0], str):
+        names = getattr(A, 'names', None)
+        if names is None: raise TypeError(f'{type(A).__name__} has no names of parameters: give positions')
+        missing = [w for w in ([which] if isinstance(which, str) else which) if w not in names]
+        if missing: raise ValueError(f'no parameter is called {missing[0]!r}; there are {", ".join(names)}')
+        parts = dict(zip(names, torch.arange(n).split(A.numels)))
+        idx = torch.cat([parts[w] for w in ([which] if isinstance(which, str) else which)])
+    else: idx = torch.as_tensor(which)
+    if idx.dtype==torch.bool and tuple(idx.shape)==(n,): idx = idx.nonzero()[:,0]
+    if idx.dim()!=1 or idx.dtype not in (torch.int64,torch.int32) or not len(idx) or idx.min()<0 or idx.max()>=n or len(idx.unique())<len(idx):
+        raise ValueError(f'a block needs distinct positions from 0 to {n-1}, or a mask of length {n}')
+    return idx.to(A.device, torch.int64)
+
+@patch
+def restrict(self:LinearOperator,
+    rows, # positions, mask, slice, or names of parameters of a curvature operator
+    columns=None, # likewise; None: the same as rows
+)->LinearOperator: # (len(rows), len(columns)); symmetric if A is and both are the same
+    "The block of A in these rows and columns"
+    r = _index(self, rows, self.shape[0])
+    return _Block(self, r, r if columns is None else _index(self, columns, self.shape[1]))

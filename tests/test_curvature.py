@@ -148,6 +148,23 @@ def test_equals_the_dense_matrix(name, kind, device):
     torch.testing.assert_close((H @ eye(H))/scale, D/scale, rtol=0, atol=1e-10)
     assert H.T is H and abs(H.loss - loss(model(x), y).item()) < 1e-12*max(1, abs(H.loss))
 
+@pytest.mark.parametrize('split', [[4, 7]])
+def test_every_strategy_is_the_same_operator(name, kind, split, device):
+    model, loss, x, y = make(name, device)
+    data = list(zip(x.split(split), y.split(split)))
+    if isinstance(loss, nn.Module) and not all(torch.isfinite(loss(model(a), b)) for a, b in data): return
+    ref = None
+    for s in OPERATORS[kind].strategies:
+        H = OPERATORS[kind](model, loss, None, data, strategy=s, check_deterministic=False)
+        if name == 'own autograd.Function' and s.startswith('linear'):
+            with pytest.raises(RuntimeError, match='setup_context'): H @ eye(H)
+            continue
+        W = H @ eye(H)
+        ref = W if ref is None else ref
+        torch.testing.assert_close(W, ref, rtol=1e-9, atol=1e-11*ref.abs().max().clamp_min(1).item())
+        torch.testing.assert_close(H @ eye(H)[:, 1], ref[:, 1], rtol=1e-9, atol=1e-11*ref.abs().max().clamp_min(1).item())
+        assert H.info['groups_kept'] == H.info['groups'] and H.info['strategy'] == s
+
 def test_positive_semi_definite(name):
     model, loss, x, y = make(name)
     for Op in (GGNLinearOperator, EFLinearOperator):
@@ -215,6 +232,15 @@ def test_subset_is_a_block(name):
     for _, p in named[:-1]: p.requires_grad_(False)
     H = HessianLinearOperator(model, loss, None, [(x, y)])
     torch.testing.assert_close(H @ eye(H), D[start:, start:], rtol=1e-9, atol=1e-10*D.abs().max().item())
+
+def test_blocks_by_name_and_differences():
+    model, loss, x, y = make('mlp, cross-entropy')
+    H, G = (Op(model, loss, None, [(x, y)]) for Op in (HessianLinearOperator, GGNLinearOperator))
+    only = HessianLinearOperator(model, loss, {'2.bias': model[2].bias, '0.weight': model[0].weight}, [(x, y)])
+    B = H.restrict(['2.bias', '0.weight'])
+    torch.testing.assert_close(B @ eye(B), only @ eye(only), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close((H - G) @ eye(H), H @ eye(H) - G @ eye(H))
+    with pytest.raises(ValueError, match="called '1.weight'; there are 0.weight"): H.restrict('1.weight')
 
 def test_order_of_params_is_the_order_of_rows():
     model, loss, x, y = make('mlp, cross-entropy')
@@ -319,7 +345,7 @@ def test_hugging_face_bert_from_its_config():
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(config).double().eval()
     g = torch.Generator().manual_seed(0)
-    ids, labels = torch.randint(0, 30, (6, 7), generator=g), torch.randint(0, 3, (6,), generator=g)
+    ids, labels = torch.randint(1, 30, (6, 7), generator=g), torch.randint(0, 3, (6,), generator=g)
     batch = lambda s: transformers.BatchEncoding(dict(input_ids=ids[s], attention_mask=torch.ones_like(ids[s]), labels=labels[s]))
     loss = lambda model, batch: model(**batch).loss
     H = HessianLinearOperator(model, loss, None, [batch(slice(0, 6))])
@@ -390,3 +416,115 @@ def test_fixed_order_loader_is_accepted():
     A = HessianLinearOperator(model, loss, None, DataLoader(TensorDataset(x, y), batch_size=4))
     B = HessianLinearOperator(model, loss, None, [(x, y)])
     torch.testing.assert_close(A @ eye(A), B @ eye(B), rtol=1e-10, atol=1e-12)
+
+# -------------------------------------------------------------------------------- memory and strategies
+
+def wide(n_in=500, N=40):
+    "More than 65,536 parameters, so that strategies are measured"
+    g = torch.Generator().manual_seed(0)
+    net = mlp(n_in, 150, 4).double()
+    for p in net.parameters(): p.data = torch.randn(p.shape, generator=g, dtype=f64)/20
+    return net, nn.CrossEntropyLoss(), torch.randn(N, n_in, generator=g, dtype=f64), torch.randint(0, 4, (N,), generator=g)
+
+def test_the_strategy_is_measured_once_and_said(kind, device):
+    model, loss, x, y = (o.to(device) for o in wide())
+    H, fixed = (OPERATORS[kind](model, loss, None, [(x, y)], strategy=s) for s in (None, 'single'))
+    V = column_noise(H.shape[0], range(6), seed=0, device=device)
+    assert H.info['strategy'] is None and 'not measured' in repr(H)
+    H @ V[:, 0]
+    assert H.info['strategy'] is None # one vector does not pay for a measurement
+    W = H @ V
+    info = H.info
+    assert info['strategy'] in H.strategies and all(isinstance(t, float) and t > 0 for t in info['seconds_per_vector'].values()) and len(info['seconds_per_vector']) == 4
+    assert info['strategy'] in repr(H) and 'gradients a vector' in repr(H) and info['groups_kept'] == 1 and info['bytes_kept'] > 0
+    torch.testing.assert_close(W, fixed @ V, rtol=1e-9, atol=1e-12)
+    before = dict(info['seconds_per_vector'])
+    H @ V
+    assert H.info['seconds_per_vector'] == before
+
+def test_small_models_always_use_the_same_strategy():
+    "Numbers of a resumed run are those of one that was not interrupted"
+    H = HessianLinearOperator(*make('mlp, cross-entropy')[:2], None, [make('mlp, cross-entropy')[2:]])
+    H @ eye(H)
+    assert H.info['strategy'] == 'batched' and H.info['seconds_per_vector'] == {}
+    with pytest.raises(ValueError, match='one of batched, single, linear'): HessianLinearOperator(*make('mlp, cross-entropy')[:2], None, [make('mlp, cross-entropy')[2:]], strategy='fast')
+
+def test_a_candidate_that_is_wrong_or_fails_is_not_chosen(monkeypatch):
+    model, loss, x, y = wide()
+    real = HessianLinearOperator._product
+    def broken(self, batch, norm, strategy):
+        if strategy == 'batched': raise RuntimeError('no such kernel')
+        f, b = real(self, batch, norm, strategy)
+        return ((lambda V: .44*f(V)[:, :]) if strategy.startswith('linear') else f), b
+    ref = HessianLinearOperator(model, loss, None, [(x, y)], strategy='single')
+    monkeypatch.setattr(HessianLinearOperator, '_product', broken)
+    H = HessianLinearOperator(model, loss, None, [(x, y)])
+    V = column_noise(H.shape[0], range(5), seed=0)
+    torch.testing.assert_close(H @ V, ref @ V)
+    rates = H.info['seconds_per_vector']
+    assert H.info['strategy'] == 'single' and rates['linear'] == rates['linear-batched'] == 'wrong' and 'no such kernel' in rates['batched']
+
+@pytest.mark.parametrize('strategy', ['single', 'linear', 'batched'])
+def test_memory_bounds_what_is_kept(kind, strategy):
+    model, loss, x, y = wide()
+    data = list(zip(x.split(10), y.split(10)))
+    V = column_noise(HessianLinearOperator(model, loss, None, data).shape[0], range(9), seed=0)
+    all_kept = OPERATORS[kind](model, loss, None, data, strategy=strategy)
+    ref = all_kept @ V
+    assert (all_kept.info['batches'], all_kept.info['groups_kept']) == (4, 1)
+    one = OPERATORS[kind](model, loss, None, data[:1], strategy=strategy)
+    one @ V; one = one.info['bytes_kept']
+    some = OPERATORS[kind](model, loss, None, data, strategy=strategy, memory=5*one)
+    for _ in range(2): torch.testing.assert_close(some @ V, ref, rtol=1e-9, atol=1e-12)
+    assert some.info['groups_kept'] == 2 and some.info['bytes_kept'] <= some.memory/2 and some.chunk_size < all_kept.chunk_size
+    assert OPERATORS[kind](model, loss, None, data, memory=1).chunk_size == 1
+
+def test_kept_batches_are_not_read_again():
+    model, loss, x, y = make('mlp, cross-entropy')
+    class Counted(list):
+        reads = 0
+        def __iter__(self): Counted.reads += 1; return super().__iter__()
+    H = HessianLinearOperator(model, loss, None, Counted(zip(x.split(4), y.split(4))))
+    first = H @ eye(H); reads = Counted.reads
+    assert torch.equal(H @ eye(H), first) and Counted.reads == reads
+
+def test_a_second_operator_and_a_model_with_grad():
+    model, loss, x, y = make('mlp, cross-entropy')
+    A = HessianLinearOperator(model, loss, None, [(x, y)])
+    ref = A @ eye(A)
+    loss(model(x), y).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    B = HessianLinearOperator(model, loss, None, [(x, y)])
+    assert torch.equal(B @ eye(B), ref) and torch.equal(A @ eye(A), ref)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads))
+
+def test_a_padding_row_counts_as_constant():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 3, padding_idx=0), nn.Flatten(), nn.Linear(12, 3)).double()
+    x, y = torch.randint(0, 7, (9, 4)), torch.randint(0, 3, (9,))
+    H = [HessianLinearOperator(model, nn.CrossEntropyLoss(), None, [(x, y)], strategy=s) for s in HessianLinearOperator.strategies]
+    W = [A @ eye(A) for A in H]
+    for w in W: torch.testing.assert_close(w, W[0], rtol=1e-10, atol=1e-13); torch.testing.assert_close(w, w.T)
+    assert (W[0][:3] == 0).all()
+
+def test_a_model_that_branches_on_its_data():
+    class Branch(nn.Module):
+        def __init__(self): super().__init__(); self.a = nn.Linear(6, 3)
+        def forward(self, x): return torch.tanh(self.a(x)) if x.sum() > 0 else self.a(x)**2
+    _, loss, x, y = make('mlp, cross-entropy')
+    model = Branch().double()
+    data = [(x.abs()[:5], y[:5]), (-x.abs()[5:10], y[5:10])] # the same shape, different branches
+    a, b = (HessianLinearOperator(model, loss, None, [d]) for d in data)
+    H = HessianLinearOperator(model, loss, None, data)
+    assert H.info['groups'] == 2 # the joint loss would be another one
+    torch.testing.assert_close(H @ eye(H), ((a + b)*.5) @ eye(H))
+    for s in ('linear', 'linear-batched'): # a recording would follow one branch only
+        with pytest.raises(RuntimeError, match='data-dependent'): HessianLinearOperator(model, loss, None, data, strategy=s) @ eye(H)
+
+def test_a_loss_that_couples_samples_is_not_joined():
+    model, _, x, y = make('relu, mse')
+    loss = lambda out, y: (out - out.mean(0)).pow(2).mean()
+    data = [(x[:5], y[:5]), (x[5:], y[5:])]
+    a, b = (HessianLinearOperator(model, loss, None, [d]) for d in data)
+    H = HessianLinearOperator(model, loss, None, data)
+    torch.testing.assert_close(H @ eye(H), (a*(5/11) + b*(6/11)) @ eye(H))

@@ -19,6 +19,10 @@ CASES = {
     'sparse': lambda dt, dev: aslinearoperator(scipy.sparse.csr_array(M.astype(torch.empty(0, dtype=dt).numpy().dtype))),
     'via SciPy': lambda dt, dev: aslinearoperator(_function(dt, dev).to_scipy()),
     'transposed': lambda dt, dev: _function(dt, dev).T,
+    'sum': lambda dt, dev: 2*_function(dt, dev) - torch.as_tensor(M[::-1].copy(), dtype=dt, device=dev),
+    'symmetric sum': lambda dt, dev: -aslinearoperator(torch.as_tensor(M.T @ M, dtype=dt, device=dev)) + 3.*aslinearoperator(torch.eye(4, dtype=dt, device=dev)),
+    'block': lambda dt, dev: _function(dt, dev).restrict([6, 0, 3], [True, False, True, True]),
+    'principal block': lambda dt, dev: aslinearoperator(torch.as_tensor(M.T @ M, dtype=dt, device=dev)).restrict(slice(1, None)),
     'synthetic': lambda dt, dev: SynthOperator(synth_eigvals(31, 'poly', seed=1), seed=2, dtype=dt, device=dev),
     'ssrft': lambda dt, dev: TestMatrix(31, 12, 'ssrft', seed=0, dtype=dt, device=dev),
     'gauss': lambda dt, dev: TestMatrix(31, 70, 'gauss', seed=0, dtype=dt, device=dev),
@@ -73,6 +77,31 @@ def test_refused(V, error, says):
     (lambda: aslinearoperator(None), TypeError)])
 def test_bad_operators(make, error):
     with pytest.raises(error): make()
+
+def eye(A): return torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+
+def test_sums_and_multiples_are_those_of_matrices(A):
+    D = A @ eye(A)
+    close((2*A) @ eye(A), 2*D, A); close((A*.5 - A) @ eye(A), -.5*D, A); close((-A) @ eye(A), -D, A)
+    close((A + D) @ eye(A), 2*D, A); close((D.new_tensor(3.)*A).T @ D, 3*D.T @ D, A) if A.dtype == torch.float64 else None
+    close(sum([A, A, A]) @ eye(A), 3*D, A)
+    assert (A + 2*A).symmetric == A.symmetric and (A - A).shape == A.shape
+
+def test_blocks_are_those_of_matrices(A):
+    D, (r, c) = A @ eye(A), A.shape
+    rows, cols = torch.arange(r - 1, -1, -2), torch.arange(0, c, 3)
+    B = A.restrict(rows, cols)
+    close(B @ eye(B), D[rows][:, cols], A); close(B.T @ eye(B.T), D[rows][:, cols].T, A)
+    close((A + A).restrict(rows, cols).restrict([0]) @ D.new_ones(1), 2*D[rows[0], cols[:1]], A)
+    assert not B.symmetric
+    if A.symmetric: assert A.restrict(cols).symmetric and A.restrict(cols).T.shape == (len(cols), len(cols))
+
+@pytest.mark.parametrize('call, error, says', [
+    (lambda A: A.restrict([0, 7]), ValueError, '0 to 6'), (lambda A: A.restrict([0, 0]), ValueError, 'distinct'), (lambda A: A.restrict([]), ValueError, 'distinct'),
+    (lambda A: A.restrict([True]*6), ValueError, 'mask of length 7'), (lambda A: A.restrict('a.weight'), TypeError, 'no names'), (lambda A: A.restrict([.5]), ValueError, 'distinct'),
+    (lambda A: A + torch.ones(2, 2), ValueError, 'share shape'), (lambda A: A + 1, TypeError, ''), (lambda A: A*'2', TypeError, ''), (lambda A: A - A.T, ValueError, 'share shape')])
+def test_refused_sums_and_blocks(call, error, says):
+    with pytest.raises(error, match=says): call(aslinearoperator(torch.as_tensor(M, dtype=torch.float32)))
 
 def test_curvlinops_operator_is_accepted():
     curvlinops = pytest.importorskip('curvlinops')
