@@ -92,7 +92,7 @@ def _to(o, device):
     if isinstance(o, Mapping): return {k:_to(v, device) for k,v in o.items()}
     return type(o)(_to(v, device) for v in o) if type(o) in (tuple,list) else o
 
-# %% ../nbs/12_curvature.ipynb #8924f05b
+# %% ../nbs/12_curvature.ipynb #23d668e5
 class CurvatureOperator(LinearOperator):
     "What `HessianLinearOperator`, `GGNLinearOperator` and `EFLinearOperator` share: the loss over data, and products batch by batch"
     def __init__(self,
@@ -105,7 +105,7 @@ class CurvatureOperator(LinearOperator):
         progress:bool=False, # a tqdm bar over batches and chunks of each product
         check_deterministic:bool=True, # go through the data twice and compare
         batch_size_fn:Callable|None=None, # what a mean loss divides by, from x or from a batch that is no pair; None: found out
-        strategy:str|None=None, # how to multiply, one of `strategies`; None: fixed for n < 65,536, else measured and the fastest kept
+        strategy:str|None=None, # how to multiply, one of strategies; None: fixed for n < 65,536, else measured and the fastest kept
         memory:float|None=None, # bytes for kept graphs and chunks of columns; None: half of what is free
     ):
         named = _named_params(model, params)

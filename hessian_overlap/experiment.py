@@ -24,19 +24,19 @@ from .masks import magnitude_order, random_order
 from .overlap import best_overlap_curve, overlap_curve
 from .record import OverlapRecord, RecordError, npz_bytes, table_header, table_note, table_row, write_atomic
 
-# %% ../nbs/41_experiment.ipynb #092cc9c7
+# %% ../nbs/41_experiment.ipynb #b2ad514b
 def default_snapshots(
     steps:int, # of training, ≥ 0
-)->list: # increasing, from 0 to `steps`
+)->list: # increasing, from 0 to steps
     "Steps 0, 50 and every 100, up to and with the last"
     return sorted({o for o in (0, 50, *range(100, steps + 1, 100), steps) if 0 <= o <= steps})
 
-# %% ../nbs/41_experiment.ipynb #a49d6dee
+# %% ../nbs/41_experiment.ipynb #7177095f
 def measure(
     problem:Problem,    # its model is left as it is
     theta:torch.Tensor, # (n,) parameters at which to look
     split:str,          # "train" or "test"
-    s:dict,             # settings, as `run_settings` gives them
+    s:dict,             # settings, as run_settings gives them
     progress:bool=False,# a bar inside the eigensolver
 )->dict: # eigvals, residuals, magnitude, best: (k,); random: (R, k); matvecs, seconds, converged: scalars
     "Eigenpairs of one Hessian and the overlap of all masks with them"
@@ -57,7 +57,7 @@ def measure(
 def mask_seed(
     seed:int, # of the run
     i:int,    # index of the random mask, from 0
-)->int: # for `random_order`
+)->int: # for random_order
     "The seed of random mask `i`: a hash of (seed, i), so that neighbouring runs share no mask"
     return int(np.random.SeedSequence([seed, i, 0x6d61736b]).generate_state(1)[0])
 
@@ -89,11 +89,11 @@ def _solver_settings(n, k, method, tol, block_size, num_outer, num_inner):
         if given["num_inner"] < outer: raise ValueError(f"num_inner = {num_inner} is less than num_outer = {outer}; the inner measurements must be at least as many")
     return dict(method=method, **given)
 
-# %% ../nbs/41_experiment.ipynb #14930a1f
+# %% ../nbs/41_experiment.ipynb #6010d302
 def run_settings(
     problem:Problem, # what to train
     *, steps:int, snapshots:list|None, k:int, samples:int, method:str, tol:float|None, block_size:int|None,
-    num_outer:int|None, num_inner:int|None, num_random:int, seed:int, # as in `run_overlap`
+    num_outer:int|None, num_inner:int|None, num_random:int, seed:int, # as in run_overlap
 )->dict: # plain JSON
     "Check all arguments of a run and gather what its numbers depend on; ValueError names the first that is wrong"
     n = problem.n_params; steps = _whole("steps", steps, 0)
@@ -109,14 +109,14 @@ def run_settings(
                 **_solver_settings(n, k, method, tol, block_size, num_outer, num_inner), num_random=int(num_random), seed=int(seed),
                 dtype=str(problem.dtype).removeprefix("torch."), device=str(problem.device), threads=torch.get_num_threads(), hessian_overlap=__version__, torch=torch.__version__)
 
-# %% ../nbs/41_experiment.ipynb #54d42d0c
+# %% ../nbs/41_experiment.ipynb #c9f492d3
 OURS = (".probe", "record.json", "record.npz", "settings.json", "snapshots.npz", "parts/*.npz", "figures/*.png", ".*.tmp", ".snapshots.npz.*", "parts/.*.tmp", "figures/.*.tmp")
 
 class RunFolder:
     "A folder that a run can be interrupted in, and taken up again with the same settings"
     def __init__(self,
         path:Path|str,        # created if missing
-        settings:dict,        # of `run_settings`
+        settings:dict,        # of run_settings
         overwrite:bool=False, # remove an earlier run first
     ):
         self.path = Path(path); was = None
@@ -187,11 +187,11 @@ def _training(problem, s, folder, progress):
     if path: run.save(path)
     return run
 
-# %% ../nbs/41_experiment.ipynb #f7213ed1
+# %% ../nbs/41_experiment.ipynb #f88b3b76
 def run_overlap(
-    problem:Problem,           # of `make_problem`, or your own; its model is left as it is
+    problem:Problem,           # of make_problem, or your own; its model is left as it is
     *, steps:int=1000,         # of SGD, ≥ 0
-    snapshots:list|None=None,  # steps at which to look; None for `default_snapshots(steps)`
+    snapshots:list|None=None,  # steps at which to look; None for default_snapshots(steps)
     k:int=350,                 # largest mask size, 1 ≤ k ≤ n
     samples:int=500,           # class-balanced samples in each Hessian
     method:str="eigsh",        # "eigsh", to a tolerance, or "seigh", the paper's sketch
@@ -202,7 +202,7 @@ def run_overlap(
     num_random:int=10,         # random masks, ≥ 0
     seed:int,                  # of the eigensolver and the random masks; the problem has its own
     out:Path|str|None=None,    # run folder; None writes nothing
-    overwrite:bool=False,      # remove an earlier run in `out` first
+    overwrite:bool=False,      # remove an earlier run in out first
     progress:bool=True,        # bars on stderr
     echo=None,                 # called with each line of the table as it is ready, such as print
 )->OverlapRecord:
@@ -347,7 +347,7 @@ USAGE = """usage: hessian-overlap run PROBLEM [options]   train, measure, write 
        hessian-overlap COMMAND --help          the options of a command
        hessian-overlap --version"""
 
-# %% ../nbs/41_experiment.ipynb #eca29513
+# %% ../nbs/41_experiment.ipynb #8739f9bf
 def main(
     argv:list|None=None, # arguments without the program's name; None for those of the process
 )->int: # exit code: 0, 2 (asked for wrongly, or cannot read or write) or 130 (interrupted)
@@ -364,7 +364,7 @@ def main(
             COMMANDS[argv[0]](**{k: v for k, v in args.items() if k not in ("pdb", "xtra")})
         sys.stdout.flush(); return 0
     except KeyboardInterrupt: code, said = 130, "interrupted; the same command takes the run up again where it was"
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 2   # `show RUN | head`
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 2   # show RUN | head
     except EXPECTED as e: code, said = 2, _sentence(e)
     except RuntimeError as e:   # torch on a CPU has no kind of its own for this
         if "allocate memory" not in str(e): raise

@@ -212,7 +212,7 @@ def _rule(op):
     if name in _BILINEAR: return _bilinear
     return _pointwise if torch.Tag.pointwise in op.tags else _general
 
-# %% ../nbs/03_linearise.ipynb #65736b8e
+# %% ../nbs/03_linearise.ipynb #8366da94
 def _walk(gm, inputs, p):
     "Derivative program of a recorded graph by the first of its inputs; returns its output, a value and a node (None for zero)"
     val,dot,inputs = {},{},list(inputs)
@@ -241,7 +241,7 @@ def record(
     with torch.no_grad(): return make_fx(functionalize(f), decomposition_table=_SPLIT_UP)(*inputs)
 
 def linearise(
-    f:Callable|fx.GraphModule, # function of (theta, *rest), or what `record` made of one
+    f:Callable|fx.GraphModule, # function of (theta, *rest), or what record made of one
     theta:Tensor, # (n,) the point
     *rest:Tensor, # further inputs, held constant
 )->tuple: # f(θ, rest); the program v -> (∂f/∂θ) v, None if it is zero; bytes that the program keeps

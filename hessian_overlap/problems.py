@@ -122,7 +122,7 @@ def load_mnist(
     "The full MNIST from IDX files, plain or .gz, checksums verified"
     return tuple(_read_mnist(root, name) for name in MNIST_SHA256)
 
-# %% ../nbs/10_problems.ipynb #16e0bdfc
+# %% ../nbs/10_problems.ipynb #5faebde3
 @dataclass(repr=False, eq=False)
 class Problem:
     "A model at its initial parameters, a loss, and data in a fixed order, on one device and in one dtype"
@@ -136,7 +136,7 @@ class Problem:
     batch_size:int # samples a training step, 1 to N
     lr:float # learning rate of plain SGD, positive
     num_classes:int # C
-    seed:int # of the training order (and, in `make_problem`, of the initial parameters)
+    seed:int # of the training order (and, in make_problem, of the initial parameters)
     source:str = '' # what data these are, with a checksum where there is one
     theta0:Tensor = field(init=False) # (n,) copy of the initial parameters
     def __post_init__(self):
@@ -196,7 +196,7 @@ def check_mean(self:Problem):
     if math.isfinite(a + b) and not math.isclose(both, (a + b)/2, rel_tol=1e-3, abs_tol=1e-6): raise ValueError(
         f"{self.name}: loss_func is not the mean over the samples: {both:.4g} for two of {a:.4g} and {b:.4g}; use reduction='mean'")
 
-# %% ../nbs/10_problems.ipynb #fe8b2d86
+# %% ../nbs/10_problems.ipynb #ff14e631
 @lru_cache(maxsize=4)
 def _epoch_order(n:int, seed:int, epoch:int)->Tensor:
     "Permutation of n samples that depends on (seed, epoch) alone"
@@ -205,8 +205,8 @@ def _epoch_order(n:int, seed:int, epoch:int)->Tensor:
 
 @patch
 def batches(self:Problem,
-    step:int, # 0, 1, ...; this batch takes the parameters from `step` to `step + 1`
-)->tuple: # (x, y), `batch_size` training samples
+    step:int, # 0, 1, ...; this batch takes the parameters from step to step + 1
+)->tuple: # (x, y), batch_size training samples
     "The seeded training batch of a step: order(seed, epoch)[i·b:(i+1)·b], where step = epoch·⌊N/b⌋ + i"
     if step < 0: raise ValueError(f'step={step}: steps count from 0')
     n, b = len(self.train_x), self.batch_size
@@ -225,7 +225,7 @@ def hessian_data(self:Problem,
     idx = balanced_indices(y, samples, self.num_classes)
     return [(x[idx], y[idx])]
 
-# %% ../nbs/10_problems.ipynb #2e431d0a
+# %% ../nbs/10_problems.ipynb #9c5bc392
 MNIST_HOLDOUT = 10_000 # the last training images, set aside
 
 def _mnist_mini(root, seed, device, dtype)->Problem:
@@ -244,7 +244,7 @@ def _mnist_mini(root, seed, device, dtype)->Problem:
 PROBLEMS = {'mnist_mini': _mnist_mini}
 
 def make_problem(
-    name:str, # a key of `PROBLEMS`
+    name:str, # a key of PROBLEMS
     *, root=None, # folder with the full data; None for what is inside the package
     seed:int, # of the initial parameters and of the training order, 0 to 2³²-1
     device=None, # None: CUDA if it is there

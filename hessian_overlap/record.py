@@ -207,7 +207,7 @@ def save(self:OverlapRecord,
     write_atomic(folder/"record.json", json.dumps(head, indent=1, ensure_ascii=False).encode() + b"\n")
     return folder
 
-# %% ../nbs/40_record.ipynb #9128714b
+# %% ../nbs/40_record.ipynb #0e292680
 def _read(path):
     try: return path.read_bytes()
     except FileNotFoundError: raise RecordError(f"no record in {path.parent}: {path.name} is not there") from None
@@ -215,7 +215,7 @@ def _read(path):
 
 @patch(cls_method=True)
 def load(cls:OverlapRecord,
-    folder:Path|str, # a run folder, or any folder that `save` wrote
+    folder:Path|str, # a run folder, or any folder that save wrote
 )->OverlapRecord: # bit for bit what was saved
     "Read a record; a missing, damaged or newer one raises `RecordError`"
     folder = Path(folder); path = folder/"record.json"; raw = _read(path)

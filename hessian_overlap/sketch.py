@@ -14,10 +14,10 @@ from .synthmat import column_noise, dct, idct
 # %% auto #0
 __all__ = ['EighResult', 'TestMatrix', 'seigh']
 
-# %% ../nbs/20_sketch.ipynb #3948ccc3
+# %% ../nbs/20_sketch.ipynb #e2768a4e
 class EighResult(NamedTuple):
     "Leading eigenpairs of a symmetric operator and how they were found"
-    eigvals:Tensor # (k,) in the operator's dtype and device; largest |eigenvalue| first unless `which` says otherwise
+    eigvals:Tensor # (k,) in the operator's dtype and device; largest |eigenvalue| first unless which says otherwise
     eigvecs:Tensor # (n, k) orthonormal columns, in the same order
     info:dict # method, matvecs, seconds, seed, converged (True, False, or None where nobody checked), residual_norms (k,) or None, ...
     def __repr__(self):

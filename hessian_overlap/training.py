@@ -80,10 +80,10 @@ class TrainingRun:
 SETTINGS = 'problem', 'seed', 'batch_size', 'lr', 'source'
 CURVES = 'train_loss', 'train_acc', 'test_loss', 'test_acc'
 
-# %% ../nbs/11_training.ipynb #6498189c
+# %% ../nbs/11_training.ipynb #da80dcd6
 @patch
 def theta(self:TrainingRun,
-    step:int, # one of `steps`
+    step:int, # one of steps
 )->Tensor: # (n,)
     "Parameters at a recorded step"
     if step not in self.steps: raise ValueError(f'step {step} was not recorded; there are {self.steps}')
@@ -123,11 +123,11 @@ def _snapshot(p:Problem, model, params, t:int)->tuple:
         f'{p.name}: at step {t} with lr={p.lr} the loss is {ends[0]} on train and {ends[2]} on test data; train with a smaller lr')
     return parameters_to_vector(params).detach().cpu().clone(), *ends
 
-# %% ../nbs/11_training.ipynb #7685535c
+# %% ../nbs/11_training.ipynb #1aaa3d60
 def train(
     problem:Problem, # its model is left as it is
     steps:int, # length of the training in updates, ≥ 0; those after the last snapshot are not computed
-    snapshots, # steps to record, each from 0 to `steps`
+    snapshots, # steps to record, each from 0 to steps
     *, progress:bool=False, # show a tqdm bar
     start:TrainingRun=None, # an earlier run of the same problem; what it recorded is not computed again
 )->TrainingRun: # one row per snapshot
@@ -152,7 +152,7 @@ def train(
     theta, *curves = zip(*(rows[s] for s in snaps))
     return TrainingRun(p.name, p.seed, p.batch_size, p.lr, p.source, snaps, torch.stack(theta), *(np.array(c) for c in curves))
 
-# %% ../nbs/11_training.ipynb #c51b99c1
+# %% ../nbs/11_training.ipynb #d9cfa4fb
 @patch
 def save(self:TrainingRun,
     path, # file to write, as named; its folder must exist
@@ -172,7 +172,7 @@ def save(self:TrainingRun,
 
 @patch(cls_method=True)
 def load(cls:TrainingRun,
-    path, # file that `save` wrote
+    path, # file that save wrote
 )->TrainingRun:
     "Read a run back, thetas on the CPU"
     with open(path, 'rb') as f:

@@ -209,7 +209,7 @@ class Page(HTMLParser):
     "What a page links, loads, names and says"
     def __init__(self, text):
         super().__init__()
-        self.ids, self.links, self.loads, self.images, self.words, self.quiet = set(), [], [], [], [], []
+        self.ids, self.links, self.loads, self.images, self.words, self.all_words, self.quiet = set(), [], [], [], [], [], []
         self.feed(text)
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
@@ -222,6 +222,7 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag in self.quiet: del self.quiet[len(self.quiet) - 1 - self.quiet[::-1].index(tag):]
     def handle_data(self, data):
+        self.all_words.append(data)
         if not self.quiet: self.words.append(data)
 
 
@@ -241,7 +242,7 @@ def check_pages(site):
         for alt, src in page.images:
             if not (alt or '').strip(): fault(f'an image without alternative text ({src}...): give its cell a `#| fig-alt:`')
         text = ''.join(page.words)
-        for raw in re.findall(r'\]\([\w./-]+\.(?:ipynb|html)[^)]*\)', text): fault(f'an unrendered link {raw}: a public name in backticks links itself')
+        for raw in re.findall(r'\[`?[\w. ]+`?\]\([\w./-]+\.(?:ipynb|html)[^)]*\)', ''.join(page.all_words)): fault(f'an unrendered link {raw}: a public name in backticks links itself, and needs none in a comment on an argument')
         for m in RAW_TEX.finditer(text): fault(f'maths left as TeX: ...{text[max(0, m.start() - 30):m.end() + 30]!r}')
         for u in page.links:
             if re.match(r'(https?:|mailto:|javascript:|//)', u): continue
