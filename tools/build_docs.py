@@ -20,7 +20,7 @@ VENDOR = {   # npm package -> (folder on the site, what to take, sha512 of the t
     'katex@0.16.11': ('katex', 'package/dist', 'RQrI8rlHY92OLf3rho/Ts8i/XvjgguEjOkO1BEXcU3N8BqPpSzBNwV/G0Ukr+P/l3ivvJUE/Fa/CwbS6HesGNQ=='),
     '@jupyter-widgets/html-manager@1.0.15': ('html-manager', 'package/dist/embed.js', '5thBIV6ymNgmPVOHvzx+gGy8ZSKmSazhtGw4/c4xJDVzRhG9PTeQsRjF3FUTopvFi//SABeNz1yp47bCrJ3CQA=='),
 }
-KATEX_CDN = re.compile(r'https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist')
+KATEX_CDN = re.compile(r'https://[^\s"\'<>]+/katex@[\d.]+/dist')
 MAX_PAGE = 2_000_000
 
 
