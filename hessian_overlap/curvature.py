@@ -92,7 +92,7 @@ def _to(o, device):
     if isinstance(o, Mapping): return {k:_to(v, device) for k,v in o.items()}
     return type(o)(_to(v, device) for v in o) if type(o) in (tuple,list) else o
 
-# %% ../nbs/12_curvature.ipynb #23d668e5
+# %% ../nbs/12_curvature.ipynb #83df06a2
 class CurvatureOperator(LinearOperator):
     "What `HessianLinearOperator`, `GGNLinearOperator` and `EFLinearOperator` share: the loss over data, and products batch by batch"
     def __init__(self,
@@ -122,7 +122,7 @@ class CurvatureOperator(LinearOperator):
         self._state = {k:t.detach().clone() for k,t in [*model.named_parameters(), *model.named_buffers()]}
         self._batch_loss,self._chunk_size,self.strategy = _BatchLoss(model, loss_func),chunk_size,strategy
         self.memory,self._kept,self._kept_for,self._records = memory or _free_memory(self.device)/2,[],None,{}
-        self._chosen,self._rates,self._asked,self._work = None,{},0,0
+        self._chosen,self._rates,self._asked,self._work,self._agreed = None,{},0,0,set()
         self._first_pass(check_deterministic)
 
 # %% ../nbs/12_curvature.ipynb #6e453c92
@@ -264,7 +264,7 @@ def _joined(self:CurvatureOperator, start=0):
     it = iter(self._batches(sum(self._groups[:start])))
     for c in self._groups[start:]: yield _cat(list(islice(it, c)))
 
-# %% ../nbs/12_curvature.ipynb #57e52ba8
+# %% ../nbs/12_curvature.ipynb #ef9e41bb
 _UNKEPT = {'linear':'single', 'linear-batched':'batched'} # a program is worth its making only if it is kept
 
 @patch
@@ -276,7 +276,9 @@ def _products(self:CurvatureOperator, strategy):
     if first==len(self._shares): return
     for b,batch in enumerate(self._joined(first), first):
         full = len(self._kept)<b
-        f,nbytes = self._product(batch, self._norms[b], _UNKEPT.get(strategy, strategy) if full else strategy)
+        how = _UNKEPT.get(strategy, strategy) if full else strategy
+        f,nbytes = self._product(batch, self._norms[b], how)
+        self._compare(f, batch, self._norms[b], how)
         if not full and (len(self._norms)==1 or nbytes + sum(m for _,m in self._kept) <= self.memory/2): self._kept.append((f,nbytes))
         self._work = max(self._work, nbytes)
         yield f
@@ -300,7 +302,7 @@ def _matmat(self:CurvatureOperator, V):
     bar.close()
     return W.T
 
-# %% ../nbs/12_curvature.ipynb #045e4ba6
+# %% ../nbs/12_curvature.ipynb #fc4da4fd
 def _rows(f, batched):
     "f: (n,), False -> (n,) and (m, n), True -> (m, n), as one function of rows (m, n)"
     state = [batched]
@@ -329,7 +331,7 @@ def _linearised(self:CurvatureOperator, what, f, batch, value):
     key = (what, str(spec), *((t.shape,t.dtype) if isinstance(t, Tensor) else repr(t) for t in leaves))
     if key not in self._records: self._records[key] = record(on, self.theta, *tensors)
     y,program,nbytes = linearise(self._records[key], self.theta, *tensors)
-    if (y-value).norm() > torch.finfo(self.dtype).eps**.5*value.norm(): raise NotImplementedError('the recorded function is another one')
+    if not (y-value).norm() <= torch.finfo(self.dtype).eps**.5*value.norm(): raise NotImplementedError('the recorded function is another one')
     return program,nbytes
 
 # %% ../nbs/12_curvature.ipynb #ebc353e4
@@ -347,6 +349,17 @@ class HessianLinearOperator(CurvatureOperator):
         def back(v, batched): return torch.autograd.grad(g, theta, v, retain_graph=True, is_grads_batched=batched, materialize_grads=True)[0]
         return _rows(back, strategy=='batched'),saved.nbytes
 
+# %% ../nbs/12_curvature.ipynb #0d100ec0
+@patch
+def _compare(self:CurvatureOperator, f, batch, norm, strategy):
+    "Refuses a linear strategy whose first product is not that of a double backward pass"
+    if not strategy.startswith('linear') or strategy in self._agreed: return
+    v = torch.cos(torch.arange(self.shape[0], dtype=self.dtype, device=self.device))[None]
+    ref = self._product(batch, norm, 'single')[0](v)
+    if not (f(v)-ref).norm() <= torch.finfo(self.dtype).eps**.5*ref.norm():
+        raise NotImplementedError(f"strategy {strategy!r} and a double backward pass give different products, as for a model that detaches a tensor: take 'single' or 'batched'")
+    self._agreed.add(strategy)
+
 # %% ../nbs/12_curvature.ipynb #848da157
 @patch
 def _seconds(self:CurvatureOperator, f, V, repeat=2):
@@ -359,7 +372,7 @@ def _seconds(self:CurvatureOperator, f, V, repeat=2):
         sync(); times.append(time.perf_counter()-t)
     return W,min(times)
 
-# %% ../nbs/12_curvature.ipynb #e354ddba
+# %% ../nbs/12_curvature.ipynb #df00dc10
 @patch
 def _measure(self:CurvatureOperator, V):
     "The fastest strategy for columns like those of V, on the first batch"
@@ -385,6 +398,7 @@ def _measure(self:CurvatureOperator, V):
         if not (W[0]-ref).norm() <= torch.finfo(self.dtype).eps**.5*ref.norm(): self._rates[s] = 'wrong'
         else:
             self._rates[s] = rate
+            self._agreed.add(s)
             if best is None or rate<.9*self._rates[best]: best = s
         del f
     return best

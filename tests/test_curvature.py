@@ -528,3 +528,19 @@ def test_a_loss_that_couples_samples_is_not_joined():
     a, b = (HessianLinearOperator(model, loss, None, [d]) for d in data)
     H = HessianLinearOperator(model, loss, None, data)
     torch.testing.assert_close(H @ eye(H), (a*(5/11) + b*(6/11)) @ eye(H))
+
+
+class Detaching(nn.Module):
+    "Its gradient is recorded right, its second derivative is not: only a comparison of products can tell"
+    def __init__(self): super().__init__(); self.a = nn.Linear(6, 3)
+    def forward(self, x): o = self.a(x); return o*torch.tanh(o.detach())
+
+@pytest.mark.parametrize('Op', [HessianLinearOperator, GGNLinearOperator])
+def test_a_linear_strategy_that_is_wrong_is_refused(Op):
+    _, loss, x, y = make('mlp, cross-entropy')
+    model, V = Detaching().double(), torch.eye(21, dtype=f64)
+    ref = Op(model, loss, None, [(x, y)], strategy='single') @ V
+    torch.testing.assert_close(Op(model, loss, None, [(x, y)], strategy='batched') @ V, ref)
+    for strategy in ('linear', 'linear-batched'):
+        for data in ([(x, y)], [(x[:5], y[:5]), (x[5:], y[5:])]):
+            with pytest.raises(NotImplementedError, match='detaches'): Op(model, loss, None, data, strategy=strategy) @ V
