@@ -1,6 +1,7 @@
 "Laws of the eigensolvers: one table of matrices of known spectrum, every law over all of them and both solvers"
 import math, warnings, numpy as np, pytest, torch
 from scipy.sparse.linalg import eigsh as scipy_eigsh
+from hessian_overlap.basis import Basis
 from hessian_overlap.krylov import BlockLanczos, eigsh
 from hessian_overlap.linop import FunctionLinearOperator, aslinearoperator
 from hessian_overlap.sketch import EighResult, TestMatrix, seigh
@@ -172,7 +173,8 @@ def test_faults(solve, fault):
     with pytest.raises(error, match=says): call(solve)
 
 @pytest.mark.parametrize('kw, says', [(dict(which='SM'), 'which must be'), (dict(tol=-1), 'tol must be'), (dict(tol=1), 'tol must be'), (dict(tol=float('nan')), 'tol must be'),
-    (dict(block_size=0), 'block_size must be'), (dict(block_size=41), 'block_size must be'), (dict(max_matvecs=2), 'below k')])
+    (dict(block_size=0), 'block_size must be'), (dict(block_size=41), 'block_size must be'), (dict(max_matvecs=2), 'below k'),
+    (dict(max_basis=10), 'leaves no room'), (dict(tol_overlap=1e-3), 'needs mask'), (dict(tol_overlap=0, mask=torch.arange(3)), 'tol_overlap must be'), (dict(basis_place='nowhere'), 'existing folder')])
 def test_eigsh_arguments(kw, says):
     with pytest.raises(ValueError, match=says): eigsh(A0, 5, seed=0, **kw)
 
@@ -190,3 +192,144 @@ def test_out_of_budget_says_so():
     assert r.info['converged'] is False and 'NOT CONVERGED' in repr(r) and r.info['matvecs'] <= 45
     true = (A @ r.eigvecs - r.eigvecs*r.eigvals).norm(dim=0)
     torch.testing.assert_close(true, r.info['residual_norms'], rtol=1e-6, atol=1e-12)
+
+# --- the basis: where it lies, in how many bits, how many columns ---------------------------------------------------------------------------
+
+BASES = {'restarts': dict(max_basis=60), 'tight restarts': dict(max_basis=30), 'float16': dict(basis_dtype=torch.float16), 'bfloat16': dict(basis_dtype=torch.bfloat16),
+         'float32': dict(basis_dtype=torch.float32), 'bfloat16, restarts': dict(basis_dtype=torch.bfloat16, max_basis=60), 'host': dict(basis_place='cpu'), 'files': dict(basis_place='files'),
+         'float16 in files': dict(basis_dtype=torch.float16, basis_place='files')}
+LOST = {torch.float16: 1e-6, torch.bfloat16: 1e-4, torch.float32: 1e-9}
+
+@pytest.mark.parametrize('basis', BASES)
+@pytest.mark.parametrize('which, name', [('LM', n) for n in SPECTRA] + [('LA', n) for n in SPECTRA] + [('BE', n) for n in SPECTRA if SPECTRA[n].min() < -.1*SPECTRA[n].max()])
+def test_any_basis_gives_the_eigenspace(which, name, basis, device, tmp_path):
+    lam, kw = SPECTRA[name], dict(BASES[basis])
+    if kw.get('basis_place') == 'files': kw['basis_place'] = tmp_path
+    A, scale = SynthOperator(lam, seed=7, device=device), lam.abs().max()
+    k = 10 if which != 'LM' else 30 if A.eigvals[29].abs() != A.eigvals[30].abs() else 31
+    if 'max_basis' in kw: kw['max_basis'] += k # blocks of 10 and of 5
+    want = {'LM': A.eigvals[:k], 'LA': lam.sort(descending=True).values[:k], 'BE': torch.cat([lam.sort(descending=True).values[:k-k//2], lam.sort().values[:k//2]])}[which]
+    r = eigsh(A, k, which=which, max_matvecs=1500, seed=0, **kw)
+    half = torch.finfo(kw.get('basis_dtype', f64)).eps
+    assert r.info['converged'] and (r.info['restarts'] > 0 or 'max_basis' not in kw or r.info['matvecs'] <= kw['max_basis'])
+    torch.testing.assert_close(r.eigvals.cpu().abs() if which == 'LM' else r.eigvals.cpu(), want.cpu().abs() if which == 'LM' else want.cpu(), rtol=0, atol=(1e-7 + 4*half)*scale)
+    assert (r.eigvecs.T @ r.eigvecs - torch.eye(k, dtype=f64, device=r.eigvecs.device)).abs().max() < 1e-12
+    true = (A @ r.eigvecs.to(device) - r.eigvecs.to(device)*r.eigvals).norm(dim=0).cpu()
+    assert (true <= 2*r.info['residual_norms'] + 1e-13*scale).all()
+    if which == 'LM': assert lost(A.eigvecs(k).cpu(), r.eigvecs.cpu()) < LOST.get(kw.get('basis_dtype'), 1e-9)*(20 if 'max_basis' in kw else 1)
+
+@pytest.mark.parametrize('place', [None, 'files'])
+@pytest.mark.parametrize('store', [None, torch.bfloat16])
+def test_saved_and_continued_bit_for_bit(place, store, device, tmp_path):
+    A, place = SynthOperator(SPECTRA['slow tail, both signs'], seed=7, device=device), place and tmp_path
+    s = BlockLanczos(A, 7, seed=1, basis_dtype=store, basis_place=place)
+    for _ in range(9): s.step()
+    s.restart(30); s.step(); s.save(tmp_path/'s.pt')
+    t = BlockLanczos.load(tmp_path/'s.pt', A, basis_place=place)
+    for _ in range(6): s.step(); t.step()
+    assert all(torch.equal(a, b) for a, b in zip(s.ritz(), t.ritz())) and torch.equal(s.Q, t.Q) and s.matvecs == t.matvecs
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['s.pt'] # neither parts nor files of the basis
+
+def test_a_save_that_is_killed_leaves_the_old_file(tmp_path, monkeypatch):
+    A = SynthOperator(SPECTRA['exponential'], seed=7); s = BlockLanczos(A, 4, seed=1).step(); s.save(tmp_path/'s.pt')
+    def dies(obj, path): path.write_bytes(b'half'); raise KeyboardInterrupt
+    monkeypatch.setattr(torch, 'save', dies)
+    with pytest.raises(KeyboardInterrupt): s.step().save(tmp_path/'s.pt')
+    assert BlockLanczos.load(tmp_path/'s.pt', A).matvecs == 4
+
+@pytest.mark.parametrize('how', ['result', 'state', 'file'])
+def test_going_on_repeats_no_product(how, tmp_path):
+    lam, calls = SPECTRA['slow tail, both signs'], []
+    S = SynthOperator(lam, seed=7); mm = lambda V: (calls.append(V.shape[1]), S @ V)[1]
+    A = FunctionLinearOperator(mm, S.shape, rmatmat=mm, dtype=f64, device='cpu')
+    whole = eigsh(A, 30, seed=0); n_whole = sum(calls); calls.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning); part = eigsh(A, 30, max_matvecs=60, seed=0)
+    U = part.eigvecs.clone(); state = part.info['state']
+    if how == 'file': state.save(tmp_path/'s.pt'); state = BlockLanczos.load(tmp_path/'s.pt', A)
+    r = eigsh(A, 30, start=part if how == 'result' else state, seed=0)
+    assert sum(calls) == r.info['matvecs'] and r.info['resumed'] == 60 and abs(r.info['matvecs'] - n_whole) <= 30 and r.info['converged']
+    torch.testing.assert_close(r.eigvals, whole.eigvals, rtol=1e-11, atol=1e-13)
+    assert torch.equal(part.eigvecs, U) # the earlier result is still what it was
+
+def test_more_pairs_from_a_kept_state():
+    A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7)
+    r = eigsh(A, 10, keep_state=True, seed=0); more = eigsh(A, 40, start=r, seed=0); from_nothing = eigsh(A, 40, seed=0)
+    assert more.info['resumed'] == r.info['matvecs'] and more.info['matvecs'] <= from_nothing.info['matvecs'] + 40
+    assert lost(A.eigvecs(40), more.eigvecs) < 1e-9 and 'state' not in more.info
+
+@pytest.mark.parametrize('j', [1, 5, 10, 60])
+def test_start_vectors(j):
+    A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7)
+    r = eigsh(A, 30, start=A.eigvecs(j), seed=0)
+    assert r.info['converged'] and lost(A.eigvecs(30), r.eigvecs) < 1e-9
+    assert abs(r.info['start_overlap'] - min(j, 30)/30) < 1e-9
+    for bad, says in ((torch.ones(3, 2), 'start must be'), (A.eigvecs(2)*float('nan'), 'not finite')):
+        with pytest.raises(ValueError, match=says): eigsh(A, 30, start=bad.double(), seed=0)
+
+def test_orthonormal_at_a_thousand(device):
+    lam = synth_eigvals(2500, 'poly', rank=1, decay=.5, seed=1)
+    for dtype, tol in ((torch.float32, 1e-5), (f64, 1e-12)):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', RuntimeWarning)
+            U = eigsh(SynthOperator(lam, seed=3, dtype=dtype, device=device), 1000, max_matvecs=1200, max_basis=1150, block_size=50, seed=0).eigvecs
+        assert (U.T @ U - torch.eye(1000, dtype=dtype, device=device)).abs().max() < tol
+
+@pytest.mark.parametrize('which', ['LM', 'LA', 'SA', 'BE'])
+@pytest.mark.parametrize('tol_overlap', [1e-2, 1e-4])
+def test_the_bound_on_the_overlap_holds(lam, which, tol_overlap):
+    A = SynthOperator(lam, seed=7); k, order = 25, {'LA': lam.argsort(descending=True), 'SA': lam.argsort()}
+    E = A.eigvecs(500); values = A.eigvals
+    top = {'LM': torch.arange(k), 'LA': values.argsort(descending=True)[:k], 'SA': values.argsort()[:k], 'BE': torch.cat([values.argsort(descending=True)[:k-k//2], values.argsort()[:k//2]])}[which]
+    rest = [j for j in range(500) if j not in set(top.tolist())]
+    if which == 'LM' and values[k-1].abs() == values[k].abs(): pytest.skip('the eigenspace is not defined: a pair is cut')
+    if min((values[j] - values[i]).abs() for j in top[-1:] for i in rest) == 0: pytest.skip('the eigenspace is not defined: a pair is cut')
+    held = 0
+    for s in range(2):
+        mask = torch.from_numpy(np.random.default_rng(s).permutation(500)[:40])
+        i = eigsh(A, k, which=which, mask=mask, tol_overlap=tol_overlap, max_matvecs=500, seed=s).info # at most the whole space
+        truth = E[mask][:, top].square().sum().item()/k
+        held += abs(i['overlap'] - truth) <= i['overlap_error'] + 1e-10
+    assert held == 2
+
+def test_a_mask_in_any_form():
+    A = SynthOperator(SPECTRA['exponential'], seed=7); idx = torch.tensor([3, 9, 100]); from hessian_overlap.masks import Mask
+    a, b, c = (eigsh(A, 5, mask=m, seed=0).info['overlap'] for m in (idx, torch.zeros(500, dtype=torch.bool).index_fill(0, idx, True), Mask(idx, 500)))
+    assert a == b == c
+    for bad, err in ((torch.tensor([1, 1]), ValueError), (torch.tensor([500]), ValueError), (torch.ones(3), TypeError), (torch.zeros(500, dtype=torch.bool), TypeError)):
+        with pytest.raises(err): eigsh(A, 5, mask=bad, seed=0)
+
+@pytest.mark.parametrize('steps', [1, 4, 12])
+def test_quadrature_is_exact_for_moments(lam, steps):
+    A = SynthOperator(lam/lam.abs().max(), seed=7); s = BlockLanczos(A, 3, seed=2)
+    for _ in range(steps): s.step()
+    nodes, weights = s.quadrature(); Z = V = column_noise(500, range(3), seed=2)
+    for p in range(2*steps):
+        torch.testing.assert_close((nodes[:, None]**p*weights).sum(0), (Z*V).sum(0)/500, rtol=1e-10, atol=1e-12); V = A @ V
+
+def test_auto_block_counts_its_products():
+    A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7); calls = []
+    mm = lambda V: (calls.append(V.shape[1]), A @ V)[1]
+    r = eigsh(FunctionLinearOperator(mm, A.shape, rmatmat=mm, dtype=f64, device='cpu'), 20, block_size='auto', seed=0)
+    assert r.info['matvecs'] == sum(calls) and 4 <= r.info['block_size'] <= 64 and lost(A.eigvecs(20), r.eigvecs) < 1e-9
+
+def test_eigenvectors_take_no_second_basis(monkeypatch):
+    "The result is a view of the first segment of the basis, as long as it, and nothing else of the basis lives"
+    A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7)
+    r = eigsh(A, 30, seed=0)
+    assert r.eigvecs.untyped_storage().nbytes() == 500*30*8 and 'state' not in r.info
+
+def test_an_operator_that_fails_late_leaves_a_state_to_go_on_with():
+    A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7); s = BlockLanczos(A, 5, seed=0)
+    for _ in range(6): s.step()
+    good, before = s.A, (s.size, s.ritz()[0].clone())
+    class Down:
+        def __matmul__(self, V): raise RuntimeError('device lost')
+    s.A = Down()
+    with pytest.raises(RuntimeError, match='device lost'): s.step()
+    s.A = good
+    assert s.size == before[0] and torch.equal(s.ritz()[0], before[1])
+    t = BlockLanczos(A, 5, seed=0)
+    for _ in range(8): t.step()
+    s.step().step()
+    assert torch.equal(s.ritz()[0], t.ritz()[0])
