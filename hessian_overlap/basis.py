@@ -150,7 +150,7 @@ def project_out(self:Basis,
         if not (C.norm(dim=0)>.1*W.norm(dim=0)).any(): break
     return W, total
 
-# %% ../nbs/19_basis.ipynb #c9358927
+# %% ../nbs/19_basis.ipynb #8672bb9f
 @patch
 def combine(self:Basis,
     F:Tensor, # (m, k) coefficients of the first m columns, m ≤ size
@@ -162,21 +162,27 @@ def combine(self:Basis,
         if len(C): out.addmm_(C.T, P[:len(C)])
     return out.T
 
-# %% ../nbs/19_basis.ipynb #3eded32e
+@patch
+def strips(self:Basis,
+    m:int, # of the first so many columns
+): # yields (first row, (m, rows) tensor in the dtype and on the device of the arithmetic)
+    "Q strip by strip of rows, transposed, for what needs all columns of a row"
+    width = max(1, min(PANEL, max(2**20, self.nbytes//32))//(m*torch.finfo(self.dtype).bits//8))
+    for c in range(0, self.n, width): yield c, torch.cat([r[:,c:c+width].to(self.device, self.dtype) for _,r in self._rows(0, m)])/self.scale
+
+# %% ../nbs/19_basis.ipynb #ae9de3cb
 @patch
 def rotate(self:Basis,
     F:Tensor, # (l, m) coefficients of the first l columns, m ≤ l ≤ size; QF should have orthonormal columns
 ):
     "Q becomes QF, in place, strip by strip; segments that are no longer needed are freed"
     m,work = F.shape[1], F.to(self.device, self.dtype)
-    width = max(1, min(PANEL, max(2**20, self.nbytes//32))//(len(F)*torch.finfo(self.dtype).bits//8))
     G = torch.zeros(m, m, dtype=torch.float64, device=self.device) if self.lossy else None
-    for c in range(0, self.n, width):
-        strip = torch.cat([r[:,c:c+width].to(self.device, self.dtype) for _,r in self._rows(0, len(F))])
-        new = work.T @ strip
-        for lo,r in self._rows(0, m): r[:,c:c+width] = new[lo:lo+len(r)]
+    for c,strip in self.strips(len(F)):
+        new = (work.T @ strip)*self.scale
+        for lo,r in self._rows(0, m): r[:,c:c+new.shape[1]] = new[lo:lo+len(r)]
         if self.lossy:
-            kept = torch.cat([r[:,c:c+width].to(self.device, self.dtype) for _,r in self._rows(0, m)])
+            kept = torch.cat([r[:,c:c+new.shape[1]].to(self.device, self.dtype) for _,r in self._rows(0, m)])
             G += (kept @ kept.T).double()
     self.size = m
     if self.lossy: self.gram = G.cpu()/self.scale**2
