@@ -16,7 +16,7 @@ from .synthmat import column_noise, dct, idct
 # %% auto #0
 __all__ = ['EighResult', 'TestMatrix', 'Sketch', 'seigh', 'SVDResult', 'ssvd']
 
-# %% ../nbs/20_sketch.ipynb #58a7e154
+# %% ../nbs/20_sketch.ipynb #394f34aa
 def _trust(info):
     "How far a result can be trusted, in a few words"
     trust,res = {True:'converged', False:'NOT CONVERGED', None:'error not measured'}[info['converged']], info.get('residual_norms')
@@ -34,7 +34,8 @@ class EighResult(NamedTuple):
         return f"EighResult({i['method']}: {k} of {n} eigenpairs, {ends}; {i['matvecs']} matvecs; {_trust(i)})"
 
 def _check_k(k, n):
-    if isinstance(k, bool) or not isinstance(k, (int,np.integer)) or not 1<=k<=n: raise ValueError(f'k must be an integer between 1 and n = {n}, got {k!r}')
+    if isinstance(k, bool) or not isinstance(k, (int,np.integer)) or not 1<=k<=n:
+        raise ValueError(f'k must be an integer between 1 and n = {n}, got {k!r}')
 
 def _check_problem(A, k):
     "A as a square operator, and k as a number of its eigenpairs"
@@ -128,7 +129,7 @@ class Sketch:
         s = self.settings
         return f"Sketch({s['recovery']}: {len(self.columns)} of {s['num_inner']} measurements made, {s['n']} dimensions, seed {s['seed']})"
 
-# %% ../nbs/20_sketch.ipynb #af15e892
+# %% ../nbs/20_sketch.ipynb #d0023acc
 def _images(A, vectors, columns, progress=False, which=''):
     "Columns and their images under A, in blocks of 64; NaN and infinity are errors"
     for c in tqdm(_chunks(columns), desc='sketch', leave=False, disable=not progress):
@@ -144,9 +145,11 @@ def missing(self:Sketch)->list[int]: # columns of the test matrix that have not 
 
 @patch
 def _check_new(self:Sketch, columns):
-    if wrong := [c for c in columns if not 0<=c<self.settings['num_inner']]: raise ValueError(f"columns are 0 to {self.settings['num_inner']-1}, got {wrong[0]}")
+    if wrong := [c for c in columns if not 0<=c<self.settings['num_inner']]:
+        raise ValueError(f"columns are 0 to {self.settings['num_inner']-1}, got {wrong[0]}")
     seen = set(self.columns)
-    if twice := [c for i,c in enumerate(columns) if c in seen or c in columns[:i]]: raise ValueError(f'column {twice[0]} would be measured twice')
+    if twice := [c for i,c in enumerate(columns) if c in seen or c in columns[:i]]:
+        raise ValueError(f'column {twice[0]} would be measured twice')
 
 @patch
 def measure(self:Sketch,
@@ -157,7 +160,8 @@ def measure(self:Sketch,
 )->Sketch: # the same sketch
     "Multiply columns of the test matrix with A, and keep what the recovery needs"
     start,(A,n),s = time.perf_counter(), _check_problem(A, 1), self.settings
-    if (n,A.dtype,A.device)!=(s['n'],s['dtype'],self.Y.device): raise ValueError(f"the sketch is of {s['n']} dimensions, {s['dtype']} on {self.Y.device}; A is {A}")
+    if (n,A.dtype,A.device)!=(s['n'],s['dtype'],self.Y.device):
+        raise ValueError(f"the sketch is of {s['n']} dimensions, {s['dtype']} on {self.Y.device}; A is {A}")
     columns = self.missing if columns is None else list(columns)
     self._check_new(columns)
     Y,W = [self.Y],[self.W]
@@ -168,14 +172,15 @@ def measure(self:Sketch,
     self.seconds += time.perf_counter()-start
     return self
 
-# %% ../nbs/20_sketch.ipynb #6c631dd7
+# %% ../nbs/20_sketch.ipynb #92937425
 @patch
 def merge(self:Sketch,
     *others:Sketch, # with the same settings, and other columns
 )->Sketch: # the same sketch
     "Take over the measurements of others"
     for o in others:
-        if differ := [k for k,v in self.settings.items() if o.settings[k]!=v]: raise ValueError(f'sketches that are merged share their settings, these differ in {differ[0]}: {self.settings[differ[0]]} and {o.settings[differ[0]]}')
+        if differ := [k for k,v in self.settings.items() if o.settings[k]!=v]:
+            raise ValueError(f'only sketches of the same settings merge, these differ in {(k := differ[0])}: {self.settings[k]} and {o.settings[k]}')
         self._check_new(o.columns)
         self.columns = self.columns + o.columns
         self.Y,self.W = (torch.cat([a, b.to(a.device)], 1) for a,b in ((self.Y,o.Y), (self.W,o.W)))
@@ -232,7 +237,7 @@ def _nystrom(s, Y, W):
 
 _RECOVER = dict(core=_core, singlepass=_singlepass, nystrom=_nystrom) # (sketch, Y, W) -> orthonormal Q and core M, A ≈ QMQᵀ
 
-# %% ../nbs/20_sketch.ipynb #780315fb
+# %% ../nbs/20_sketch.ipynb #5863aa19
 def _from_core(Q, M, k, what):
     "The k leading eigenpairs of QMQᵀ for a core M in float64, and info with the first eigenvalue not among them"
     theta,F = torch.linalg.eigh((M+M.T)/2)
@@ -249,12 +254,14 @@ def recover(self:Sketch,
     start,s = time.perf_counter(),self.settings
     _check_k(k, s['n'])
     _check_sizes(k, s['num_outer'], s['num_inner'], s['n'])
-    if self.missing: raise ValueError(f"{len(self.missing)} of {s['num_inner']} columns have not been measured, the first is {self.missing[0]}")
+    if self.missing:
+        raise ValueError(f"{len(self.missing)} of {s['num_inner']} columns have not been measured, the first is {self.missing[0]}")
     order = sorted(range(len(self.columns)), key=self.columns.__getitem__)
     whole = [c for c in self.columns if c<self.whole]
     Q,M = _RECOVER[s['recovery']](self, self.Y[:,sorted(range(len(whole)), key=whole.__getitem__)], self.W[:,order])
     info = {key:s[key] for key in ('num_outer','num_inner','test_matrix','recovery','seed')}
-    return _from_core(Q, M, k, info | dict(matvecs=len(order), passes=1, basis_bytes=self.Y.numel()*self.Y.element_size(), seconds=self.seconds+time.perf_counter()-start))
+    info |= dict(matvecs=len(order), passes=1, basis_bytes=self.Y.numel()*self.Y.element_size(), seconds=self.seconds+time.perf_counter()-start)
+    return _from_core(Q, M, k, info)
 
 # %% ../nbs/20_sketch.ipynb #738e0895
 def _hmt(A, k, num_outer, num_power, test_matrix, seed, progress):
@@ -270,7 +277,22 @@ def _hmt(A, k, num_outer, num_power, test_matrix, seed, progress):
     r.info['residual_norms'] = (Y @ (Q.T @ r.eigvecs) - r.eigvecs*r.eigvals).norm(dim=0).double().cpu()
     return r
 
-# %% ../nbs/20_sketch.ipynb #7d6f326b
+# %% ../nbs/20_sketch.ipynb #267988cc
+def _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known):
+    "Sizes with defaults filled in"
+    if recovery not in known: raise ValueError(f"recovery must be {', '.join(map(repr, known))}, got {recovery!r}")
+    if recovery=='hmt' and num_inner is not None:
+        raise ValueError("num_inner is for sketches of one pass; 'hmt' multiplies num_outer columns in every pass")
+    if recovery!='hmt' and num_power is not None: raise ValueError(f"num_power is for recovery='hmt', not {recovery!r}")
+    num_power = 0 if num_power is None else num_power
+    if isinstance(num_power, bool) or not isinstance(num_power, int) or num_power<0:
+        raise ValueError(f'num_power must be an integer, at least 0, got {num_power!r}')
+    if num_outer is None: num_outer = min(k+5, n)
+    if num_inner is None: num_inner = num_outer if recovery=='hmt' else min(2*num_outer, n)
+    _check_sizes(k, num_outer, num_inner, n)
+    return num_outer,num_inner,num_power
+
+# %% ../nbs/20_sketch.ipynb #94894fa7
 def seigh(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     k:int, # number of eigenpairs, 1 ≤ k ≤ num_outer
@@ -293,18 +315,6 @@ def seigh(
     r.info['seconds'] = time.perf_counter()-start
     return r
 
-def _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known):
-    "Sizes with defaults filled in"
-    if recovery not in known: raise ValueError(f"recovery must be {', '.join(map(repr, known))}, got {recovery!r}")
-    if recovery=='hmt' and num_inner is not None: raise ValueError("num_inner is for sketches of one pass; 'hmt' multiplies num_outer columns in every pass")
-    if recovery!='hmt' and num_power is not None: raise ValueError(f"num_power is for recovery='hmt', not {recovery!r}")
-    num_power = 0 if num_power is None else num_power
-    if isinstance(num_power, bool) or not isinstance(num_power, int) or num_power<0: raise ValueError(f'num_power must be an integer, at least 0, got {num_power!r}')
-    if num_outer is None: num_outer = min(k+5, n)
-    if num_inner is None: num_inner = num_outer if recovery=='hmt' else min(2*num_outer, n)
-    _check_sizes(k, num_outer, num_inner, n)
-    return num_outer,num_inner,num_power
-
 # %% ../nbs/20_sketch.ipynb #f5ed327b
 class SVDResult(NamedTuple):
     "Leading singular triplets of an operator and how they were found"
@@ -317,7 +327,7 @@ class SVDResult(NamedTuple):
         ends = f'σ1 = {self.S[0].item():.6g}, σ{k} = {self.S[-1].item():.6g}'
         return f"SVDResult({i['method']}: {k} singular triplets of {m} x {n}, {ends}; {i['matvecs']} matvecs; {_trust(i)})"
 
-# %% ../nbs/20_sketch.ipynb #2de9f82e
+# %% ../nbs/20_sketch.ipynb #0b486e71
 def _svd_core(A, o, i, test, progress):
     "Q, M, P of A ≈ QMPᵀ (Tropp et al. 2019), and the products used"
     Upsilon,Omega,Psi = test(A.shape[0], o, 2), test(A.shape[1], i, 0), test(A.shape[0], i, 1)
@@ -339,7 +349,8 @@ def _svd_hmt(A, o, num_power, test, progress):
     "Q, M, P of A ≈ QQᵀA with AᵀQ = PMᵀ after power iterations (Halko et al. 2011, algorithm 4.4)"
     Q = test(A.shape[1], o, 0).columns(range(o))
     for p in range(2*num_power+2): # A and its transpose in turn; the last pass is AᵀQ
-        left,(Q,R) = Q, torch.linalg.qr(torch.cat([y for _,y in _images(A.T if p%2 else A, lambda c: Q[:,c.start:c.stop], range(o), progress, f' of pass {p+1}')], 1))
+        images = _images(A.T if p%2 else A, lambda c: Q[:,c.start:c.stop], range(o), progress, f' of pass {p+1}')
+        left,(Q,R) = Q, torch.linalg.qr(torch.cat([y for _,y in images], 1))
     return left, R.T, Q, o*(2*num_power+2)
 
 # %% ../nbs/20_sketch.ipynb #0a6a0109
