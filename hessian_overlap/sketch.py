@@ -129,7 +129,7 @@ class Sketch:
         s = self.settings
         return f"Sketch({s['recovery']}: {len(self.columns)} of {s['num_inner']} measurements made, {s['n']} dimensions, seed {s['seed']})"
 
-# %% ../nbs/20_sketch.ipynb #d0023acc
+# %% ../nbs/20_sketch.ipynb #5b2b90e9
 def _images(A, vectors, columns, progress=False, which=''):
     "Columns and their images under A, in blocks of 64; NaN and infinity are errors"
     for c in tqdm(_chunks(columns), desc='sketch', leave=False, disable=not progress):
@@ -151,6 +151,7 @@ def _check_new(self:Sketch, columns):
     if twice := [c for i,c in enumerate(columns) if c in seen or c in columns[:i]]:
         raise ValueError(f'column {twice[0]} would be measured twice')
 
+# %% ../nbs/20_sketch.ipynb #04ad9391
 @patch
 def measure(self:Sketch,
     A, # (n, n) symmetric operator, of the sketch's dtype and device
