@@ -193,11 +193,12 @@ def _probe(A, U, idx, fixed, progress):
     fluctuation = 2/k*(moved*k*k/n*(1-k/n)/n).sqrt()
     return after, 2.5*(_neighbours((after-before).abs())+fluctuation)/(1-moved).clamp(min=.01), moved
 
-# %% ../nbs/22_apost.ipynb #536bfcf2
+# %% ../nbs/22_apost.ipynb #c3ef3039
 def _checkpoints(state, K, idx, fixed):
     "Overlap curve of a block Lanczos state and half widths from two earlier moments; scores and residuals of its leading K + 1 pairs"
     theta,F,res = state.ritz()
     m,back = len(theta), max(1, math.ceil(.075*K/state.block_size))*state.block_size
+    if m!=state.matvecs: raise ValueError(f'{state.matvecs} products and {m} Ritz pairs: a restarted state has forgotten its past; take the result of eigsh')
     need = max(math.ceil(1.5*K), K+2*back)
     if m<need and m<state.n:
         raise ValueError(f'{m} Ritz pairs are too few for k = {K}: checkpoints in the past need {need}; take some steps more')

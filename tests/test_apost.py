@@ -109,6 +109,13 @@ def test_state_that_spans_everything():
     r = overlap_error(state, order, torch.arange(1, 13)); truth = overlap_curve(order, torch.eye(12, dtype=f64).flip(1))
     assert ((r.high - r.low) < 1e-6).all() and (r.low <= truth).all() and (truth <= r.high).all()
 
+def test_restarted_state_is_refused():
+    state = BlockLanczos(torch.diag(torch.arange(1., 41, dtype=f64)), 4, seed=0)
+    for _ in range(6): state.step()
+    overlap_error(state, torch.arange(40), [5])
+    state.matvecs += 8 # as after a restart that kept fewer vectors than products were made
+    with pytest.raises(ValueError, match='32 products and 24 Ritz pairs: a restarted state'): overlap_error(state, torch.arange(40), [5])
+
 def test_zero_operator():
     Z = torch.zeros(30, 30, dtype=f64)
     r = overlap_error(seigh(Z, 3, seed=0), torch.arange(30), A=Z); assert torch.isfinite(r.estimate).all() and (r.high <= 1).all()
