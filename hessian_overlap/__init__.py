@@ -10,8 +10,9 @@ from .problems import Problem, make_problem
 from .training import TrainingRun, train, load_params
 from .curvature import HessianLinearOperator
 from .ggn import GGNLinearOperator, EFLinearOperator
-from .sketch import EighResult, TestMatrix, seigh
+from .sketch import EighResult, SVDResult, Sketch, TestMatrix, seigh, ssvd
 from .krylov import BlockLanczos, eigsh
+from .apost import ApostError, OverlapInterval, Residuals, ScreeBounds, apost_bounds, apost_error, overlap_error, residual_norms, scree_bounds
 from .grassmann import principal_angles, chance_overlap
 from .masks import Mask, magnitude_order, random_order, best_order
 from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve
@@ -25,7 +26,8 @@ __all__ = [
     'LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'SynthOperator', 'synth_eigvals',
     'Problem', 'make_problem', 'TrainingRun', 'train', 'load_params',
     'HessianLinearOperator', 'GGNLinearOperator', 'EFLinearOperator',
-    'EighResult', 'TestMatrix', 'seigh', 'BlockLanczos', 'eigsh',
+    'EighResult', 'SVDResult', 'Sketch', 'TestMatrix', 'seigh', 'ssvd', 'BlockLanczos', 'eigsh',
+    'ApostError', 'OverlapInterval', 'Residuals', 'ScreeBounds', 'apost_bounds', 'apost_error', 'overlap_error', 'residual_norms', 'scree_bounds',
     'principal_angles', 'overlap', 'chance_overlap', 'Mask', 'magnitude_order', 'random_order', 'best_order',
     'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve',
     'OverlapRecord', 'RecordError', 'run_overlap',

@@ -15,7 +15,7 @@ from .sketch import _check_problem
 # %% auto #0
 __all__ = ['SpectralDensity', 'spectral_density', 'OverlapEstimate', 'overlap_slq']
 
-# %% ../nbs/23_quadrature.ipynb #3058e409
+# %% ../nbs/23_quadrature.ipynb #9a3e1f64
 class SpectralDensity(NamedTuple):
     "Nodes that stand for the eigenvalues of an (n, n) symmetric operator"
     n:int # size of the operator
@@ -27,11 +27,8 @@ class SpectralDensity(NamedTuple):
 
 def _quadrature(state, columns):
     "Ritz values, coefficients, probe weights (columns, p), and which pairs are converged, from the first so many columns of a state"
-    if state._probes is None: raise ValueError('a state for quadrature starts from random signs and is never restarted')
-    T,b = state._T, state.block_size
-    theta,F = torch.linalg.eigh(T[:columns,:columns])
-    res = (T[columns:columns+b,:columns] @ F).norm(dim=0)
-    return theta, F, F[:len(state._probes)].T @ state._probes, res<=.05*theta.abs()
+    theta,F,res = state.ritz(columns)
+    return theta, F, state._weights(F), res<=.05*theta.abs()
 
 def _grow_probes(A, num_probes, num_steps, seed, start, progress, **kw):
     "A state with at least so many steps"
@@ -212,7 +209,7 @@ def overlap_slq(
         if not info['trusted'].all(): warnings.warn(f"the overlap{f' of {name!r}' if name else ''} is not resolved at {int((~info['trusted']).sum())} of {len(ks)} values of k, first at k = {ks[~info['trusted']][0]}: the estimate still moves with the number of steps; raise num_steps", RuntimeWarning, stacklevel=2)
     return out if isinstance(order, dict) else out['']
 
-# %% ../nbs/23_quadrature.ipynb #5450fca1
+# %% ../nbs/23_quadrature.ipynb #89398257
 def _refine(A, states, read, ranks, ks, groups, tol, max_matvecs, progress, kw):
     "More steps or more probes, until every interval is narrower than tol times its estimate"
     while True:
@@ -222,11 +219,10 @@ def _refine(A, states, read, ranks, ks, groups, tol, max_matvecs, progress, kw):
         halves = max((((_student(max(1, p-len(states)))*se+2*res)/o).max() for o,se,res,_ in found)).item()
         if halves<=tol: return states, read
         s = states[0]
-        more_steps = change>=spread and len(states)==1 and s.size+2*s.newest<=s.n
-        cost = s.block_size*math.ceil(s.steps/4) if more_steps else s.matvecs
-        if sum(t.matvecs for t in states)+cost>max_matvecs:
+        more_steps,extra = change>=spread and s.size+2*s.newest<=s.n, math.ceil(s.steps/4)
+        if sum(t.matvecs for t in states)+(len(states)*s.block_size*extra if more_steps else s.matvecs)>max_matvecs:
             warnings.warn(f'intervals of {halves:.1%} of the estimate instead of {tol:.1%} after {sum(t.matvecs for t in states)} matvecs; raise max_matvecs', RuntimeWarning, stacklevel=3)
             return states, read
-        if more_steps: _grow_probes(A, s.block_size, s.steps+math.ceil(s.steps/4), s.seed, s, progress)
+        if more_steps: states = [_grow_probes(A, s.block_size, s.steps+extra, t.seed, t, progress) for t in states]
         else: states = states + [_grow_probes(A, s.block_size, s.steps, s.seed+2**32*len(states), None, progress, **kw)]
         read = _estimate(states, ranks, ks, groups)
