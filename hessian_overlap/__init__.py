@@ -13,6 +13,7 @@ from .ggn import GGNLinearOperator, EFLinearOperator
 from .sketch import EighResult, SVDResult, Sketch, TestMatrix, seigh, ssvd
 from .krylov import BlockLanczos, eigsh
 from .apost import ApostError, OverlapInterval, Residuals, ScreeBounds, apost_bounds, apost_error, overlap_error, residual_norms, scree_bounds
+from .quadrature import OverlapEstimate, SpectralDensity, overlap_slq, spectral_density
 from .grassmann import principal_angles, chance_overlap
 from .masks import Mask, magnitude_order, random_order, best_order
 from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve
@@ -28,6 +29,7 @@ __all__ = [
     'HessianLinearOperator', 'GGNLinearOperator', 'EFLinearOperator',
     'EighResult', 'SVDResult', 'Sketch', 'TestMatrix', 'seigh', 'ssvd', 'BlockLanczos', 'eigsh',
     'ApostError', 'OverlapInterval', 'Residuals', 'ScreeBounds', 'apost_bounds', 'apost_error', 'overlap_error', 'residual_norms', 'scree_bounds',
+    'OverlapEstimate', 'SpectralDensity', 'overlap_slq', 'spectral_density',
     'principal_angles', 'overlap', 'chance_overlap', 'Mask', 'magnitude_order', 'random_order', 'best_order',
     'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve',
     'OverlapRecord', 'RecordError', 'run_overlap',

@@ -159,7 +159,7 @@ def _estimate(states, order_ranks, ks, groups):
         out.append((total(0).sum(1), se, (total(0).sum(1)-total(1).sum(1)).abs(), total(0)))
     return out, reads[0][0][2], d.shape[1]
 
-# %% ../nbs/23_quadrature.ipynb #9fa91e1c
+# %% ../nbs/23_quadrature.ipynb #c02813fa
 def _check_slq(n, order, ks, groups):
     "Orderings by name, their ranks, ks and groups"
     orders = order if isinstance(order, dict) else {'': order}
@@ -203,7 +203,7 @@ def overlap_slq(
     matvecs,out = sum(s.matvecs for s in states), {}
     for name,(o,se,res,parts) in zip(names, found):
         half = _student(max(1, p-len(states)))*se + 2*res
-        info = dict(method='slq', n=n, matvecs=matvecs, num_probes=p, num_steps=states[0].steps, exact=exact, trusted=res<=torch.maximum(3*se, .01*o), groups=parts,
+        info = dict(method='slq', n=n, matvecs=matvecs, num_probes=p, num_steps=states[0].steps, exact=exact, trusted=res<=torch.maximum(3*se, .01*torch.maximum(o, ks/n)), groups=parts,
                     basis_bytes=max(s.basis.nbytes for s in states), state=states[0], seed=seed, seconds=time.perf_counter()-began)
         out[name] = OverlapEstimate(ks, o, se, res, (o-half).clamp(min=0), (o+half).clamp(max=1), info)
         if not info['trusted'].all(): warnings.warn(f"the overlap{f' of {name!r}' if name else ''} is not resolved at {int((~info['trusted']).sum())} of {len(ks)} values of k, first at k = {ks[~info['trusted']][0]}: the estimate still moves with the number of steps; raise num_steps", RuntimeWarning, stacklevel=2)
