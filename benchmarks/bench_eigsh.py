@@ -19,7 +19,8 @@ K = 350
 PEERS = dict(curvlinops='curvlinops-for-pytorch', hessian_eigenthings='hessian-eigenthings', skerch='skerch')
 MLP = {f'mlp_{s}': s for s in (0, 100, 1000, 5000)} # the network after so many training steps
 SPECTRA = dict(poly=(10_000, dict(kind='poly', rank=1, decay=1., seed=1)), exp=(10_000, dict(kind='exp', rank=10, decay=.005, seed=1)),
-               lowrank=(10_000, dict(kind='lowrank', rank=300, noise=.05, seed=1)), large=(100_000, dict(kind='poly', rank=1, decay=1., seed=1)))
+               lowrank=(10_000, dict(kind='lowrank', rank=300, noise=.05, seed=1)), large=(100_000, dict(kind='poly', rank=1, decay=1., seed=1)),
+               small=(1500, dict(kind='exp', rank=10, decay=.01, seed=1)))
 
 # --- problems ----------------------------------------------------------------------------------------------------------------------------
 
@@ -184,7 +185,7 @@ METHODS = dict(
     skerch_nystrom=(skerch, 'skerch', 'skerch, nystrom', [dict(recovery='nystrom', outer=o) for o in (350, 700, 1050)]),
     skerch_oversampled=(skerch, 'skerch', 'skerch, oversampled', [dict(recovery=f'oversampled_{2*o}', outer=o) for o in (350, 525)]),
     lobpcg=(lobpcg, 'torch', 'torch.lobpcg', [dict(niter=n) for n in (10, 30)]))
-ONLY = dict(large=('ours', 'ours_restart', 'ours_float16', 'scipy'), mlp_100=None) # which methods a problem is for; None or absent: all
+ONLY = dict(large=('ours', 'ours_restart', 'ours_float16', 'scipy')) # which methods a problem is for; absent: all
 LOBPCG = ('mlp_0',) # minutes and the whole matrix
 
 # --- the worker --------------------------------------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ def show(name, r):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--problems', nargs='+', default=[*MLP, *SPECTRA]); ap.add_argument('--methods', nargs='+', default=[*METHODS])
+    ap.add_argument('--problems', nargs='+', default=[*MLP, *(s for s in SPECTRA if s != 'small')]); ap.add_argument('--methods', nargs='+', default=[*METHODS])
     ap.add_argument('--device', default='cpu'); ap.add_argument('--threads', type=int, default=os.cpu_count()); ap.add_argument('--timeout', type=float, default=900)
     ap.add_argument('--peers', action='append', default=[]); ap.add_argument('--cache'); ap.add_argument('--no-warm', action='store_true')
     ap.add_argument('--out', type=Path, default=Path(__file__).parent/'results/bench_eigsh.json')
