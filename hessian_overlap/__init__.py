@@ -12,7 +12,7 @@ from .curvature import HessianLinearOperator
 from .ggn import GGNLinearOperator, EFLinearOperator
 from .sketch import EighResult, TestMatrix, seigh
 from .krylov import BlockLanczos, eigsh
-from .grassmann import principal_angles, chance_overlap
+from .grassmann import METRICS, principal_angles, grassmann_distance, metric_from_angles, mask_iou, distance_matrix, chance_overlap, random_angles, chance_distance
 from .masks import Mask, magnitude_order, random_order, best_order
 from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve
 from .grassmann import overlap # after the module of the same name, which importing it would leave here
@@ -26,7 +26,8 @@ __all__ = [
     'Problem', 'make_problem', 'TrainingRun', 'train', 'load_params',
     'HessianLinearOperator', 'GGNLinearOperator', 'EFLinearOperator',
     'EighResult', 'TestMatrix', 'seigh', 'BlockLanczos', 'eigsh',
-    'principal_angles', 'overlap', 'chance_overlap', 'Mask', 'magnitude_order', 'random_order', 'best_order',
+    'METRICS', 'principal_angles', 'overlap', 'grassmann_distance', 'metric_from_angles', 'mask_iou', 'distance_matrix',
+    'chance_overlap', 'random_angles', 'chance_distance', 'Mask', 'magnitude_order', 'random_order', 'best_order',
     'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve',
     'OverlapRecord', 'RecordError', 'run_overlap',
     'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'explore_overlap',
