@@ -100,7 +100,7 @@ def _overlap(U, V):
     if _is_mask(V): return sum(U[r][V[r]].double().square().sum() for r in _blocks(len(U), U.shape[1]))/k
     return (U.mT @ V).square().sum()/k
 
-# %% ../nbs/30_grassmann.ipynb #4c587c84
+# %% ../nbs/30_grassmann.ipynb #f5205e18
 def _fubini_study(t):
     s = torch.log1p(-t.sin().square().clamp(max=1)).sum(-1)
     return torch.atan2((-torch.expm1(s)).sqrt(), (s/2).exp())
@@ -129,6 +129,7 @@ def metric_from_angles(
     d = f(theta.double())/(largest(theta.shape[-1]) if normalize else 1.)
     return d.to(theta.dtype)
 
+# %% ../nbs/30_grassmann.ipynb #cc653955
 def grassmann_distance(
     U:Tensor, # (n, k) orthonormal columns spanning the first subspace, or a Mask or boolean (n,) of k coordinates
     V:Tensor, # (n, l) orthonormal columns or a mask, the second; bases have the same dtype and device
