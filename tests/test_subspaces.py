@@ -2,7 +2,8 @@
 import math, numpy as np, pytest, torch
 from hessian_overlap.grassmann import (METRICS, chance_distance, chance_overlap, distance_matrix, grassmann_distance, mask_iou, metric_from_angles, overlap,
                                        principal_angles, random_angles)
-from hessian_overlap.masks import Mask, best_order, magnitude_order, random_order
+from hessian_overlap.masks import (Mask, Partition, best_order, magnitude_order, mask_from_prune, order_from_prune, order_within, partition, random_order,
+                                   score_order)
 from hessian_overlap.overlap import best_overlap_curve, mask_overlap, overlap_curve, overlap_table
 from hessian_overlap.synthmat import column_noise
 
@@ -166,6 +167,16 @@ U, V = basis(12, 3, 0), basis(12, 3, 1)
     (lambda: overlap_table(torch.arange(12), U, [0]), ValueError, 'ascend'), (lambda: overlap_table(torch.arange(12), U, [13]), ValueError, 'ascend'),
     (lambda: best_overlap_curve(U, [0]), ValueError, 'ascend'), (lambda: magnitude_order([]), ValueError, 'empty'), (lambda: magnitude_order(torch.tensor([1., math.nan])), ValueError, 'NaN'),
     (lambda: magnitude_order(torch.ones(3), 'layer'), ValueError, 'list of parameter tensors'), (lambda: random_order(0, seed=1), ValueError, 'at least 1'), (lambda: best_order(U[:, 0]), ValueError, 'must be'),
+    (lambda: score_order(torch.ones(3), [torch.ones(4)]), ValueError, r'shape \(3,\), there are 4'), (lambda: score_order([torch.ones(3)], [torch.ones(4)]), ValueError, r'scores of 0 has shape \(3,\)'),
+    (lambda: score_order([torch.ones(3)]*2, [torch.ones(3)]), ValueError, '2 tensors, there are 1'), (lambda: score_order({'a': torch.ones(3)}, {'b': torch.ones(3)}), ValueError, "lacks \\['b'\\] and has \\['a'\\]"),
+    (lambda: score_order({'a': torch.tensor([1., math.nan])}), ValueError, 'of a are NaN'), (lambda: score_order([torch.ones(2), torch.full((3,), math.nan)], scope='layer'), ValueError, '3 of 3 scores of 1 are NaN'),
+    (lambda: score_order(torch.ones(3), scope='x'), ValueError, 'scope must be'), (lambda: magnitude_order(torch.ones(3), 'normalized'), ValueError, 'list of parameter tensors'),
+    (lambda: partition([torch.ones(3)], 'kind'), TypeError, 'needs the model'), (lambda: partition([torch.ones(3)], 'x'), ValueError, 'by must be'), (lambda: partition([]), ValueError, 'empty'),
+    (lambda: Partition(['a'], torch.tensor([0, 1])), ValueError, 'between 0 and 0'), (lambda: Partition(['a', 'b'], torch.tensor([0, -1])), ValueError, 'between 0 and 1'), (lambda: Partition(['a'], torch.ones(2)), TypeError, 'int64'),
+    (lambda: partition([torch.ones(3)]).group('x'), ValueError, 'no group'), (lambda: Mask(torch.arange(2), n=4, parts=partition([torch.ones(3)])), ValueError, 'of 4 parameters, the partition of 3'),
+    (lambda: Mask(torch.arange(2), n=4).split(), ValueError, 'no partition'), (lambda: order_within(torch.arange(3), torch.ones(3)), ValueError, 'boolean'), (lambda: order_within(torch.arange(3), torch.ones(4).bool()), ValueError, 'boolean'),
+    (lambda: Mask([torch.ones(2).bool()], params=[torch.ones(3)]), ValueError, r'the mask of 0 has shape \(2,\)'), (lambda: Mask({'a': torch.ones(2).bool()}, params={'a': torch.ones(2), 'b': torch.ones(1)}), ValueError, 'lacks'),
+    (lambda: order_from_prune(torch.nn.Linear(2, 2)), ValueError, 'no tensor pruned'),
     (lambda: Mask(torch.tensor([0, 0]), n=4), ValueError, 'distinct'), (lambda: Mask(torch.tensor([4]), n=4), ValueError, 'between 0 and'), (lambda: Mask(torch.tensor([-1]), n=4), ValueError, 'between 0'),
     (lambda: Mask(torch.tensor([1])), ValueError, 'need n'), (lambda: Mask(torch.zeros(4, dtype=torch.bool)), ValueError, 'empty'), (lambda: Mask(torch.ones(4, dtype=torch.bool), k=3), ValueError, 'expected k = 3'),
     (lambda: Mask(torch.ones(4, dtype=torch.bool), n=5), ValueError, 'expected n = 5'), (lambda: Mask(torch.ones(4)), TypeError, 'booleans or int64')])
@@ -214,6 +225,69 @@ def test_orders_are_permutations_and_masks_nest():
     assert torch.equal(magnitude_order(params), magnitude_order(torch.nn.utils.parameters_to_vector(params)))
     assert magnitude_order(torch.zeros(6)).tolist() == list(range(6)), 'ties go to the lower index'
     assert magnitude_order(iter(params)).tolist() == magnitude_order(params).tolist()
+
+def small_net(): # weights, biases and norms; its parameters are drawn from a seed, none of them equal
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3, bias=False))
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=gen))
+    return net
+
+@pytest.mark.parametrize('scope', ['global', 'layer', 'normalized'])
+def test_scores_in_any_form_give_one_order(scope):
+    net = small_net(); named = dict(net.named_parameters()); flat = torch.nn.utils.parameters_to_vector(net.parameters()).detach().abs()
+    mags = {k: p.detach().abs() for k, p in named.items()}
+    want = magnitude_order(net, scope)
+    for same in (magnitude_order(net.parameters(), scope), magnitude_order(named, scope), score_order(mags, scope=scope), score_order(dict(reversed(mags.items())), net, scope),
+                 score_order(list(mags.values()), net, scope), score_order(flat, net, scope), score_order({k: v.double() for k, v in mags.items()}, net, scope)):
+        assert torch.equal(same, want)
+    assert torch.equal(want.sort().values, torch.arange(len(flat)))
+    scaled = [p*10**i for i, p in enumerate(net.parameters())]
+    assert torch.equal(magnitude_order(scaled, scope), want) == (scope != 'global'), 'layer and normalized do not see the scale of a layer'
+
+@pytest.mark.parametrize('scope', ['global', 'layer', 'normalized'])
+def test_ties_go_to_the_lower_index(scope):
+    for scores in ([torch.zeros(3), torch.zeros(2, 2)], [torch.ones(4), -torch.ones(4)], [torch.tensor([True, False, True]), torch.tensor([False])], [torch.tensor([2, 1, 2])]):
+        order = score_order(scores, scope=scope); flat = torch.cat([s.reshape(-1) for s in scores])
+        if scope == 'global': assert all(a < b for a, b in zip(order.tolist(), order.tolist()[1:]) if flat[a] == flat[b])
+    assert score_order([torch.zeros(3), torch.zeros(2, 2)], scope=scope).tolist() == list(range(7)) or scope == 'layer'
+
+def test_partitions_cover_everything_once():
+    net = small_net(); n = sum(p.numel() for p in net.parameters()); flat = torch.nn.utils.parameters_to_vector(net.parameters())
+    for by in ('layer', 'kind', 'sign'):
+        parts = partition(net, by)
+        assert parts.n == n == parts.sizes.sum() and sum(parts.group(k).long() for k in parts.names).eq(1).all() and (parts.sizes > 0).all()
+        values = torch.rand(n, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(parts.sums(values), torch.stack([values[parts.group(k)].double().sum() for k in parts.names]))
+    assert dict(zip(partition(net, 'kind').names, partition(net, 'kind').sizes.tolist())) == dict(weights=36+80+15, biases=4+5, norms=8+10)
+    assert partition(net).names == [k for k, _ in net.named_parameters()]
+    assert partition(net, 'sign').group('negative').equal(flat < 0) and 'zero' not in partition(net, 'sign').names
+    net[0].weight.requires_grad_(False)
+    assert partition(net).n == n - 36 and magnitude_order(net).numel() == n - 36, 'frozen parameters are no coordinates'
+
+def test_split_and_order_within():
+    net = small_net(); parts = partition(net, 'kind'); order = magnitude_order(net); n = len(order)
+    mask = Mask(order, n=n, k=50, parts=parts); pieces = mask.split()
+    assert torch.cat([m.indices for m in pieces.values()]).sort().values.equal(mask.indices) and [pieces[k].k for k in parts.names] == mask.counts().tolist()
+    assert 'weights' in repr(mask) and '50 of' in repr(mask)
+    inside = order_within(order, parts.group('biases'))
+    assert parts.group('biases')[inside[:9]].all() and inside[9:].equal(order[~parts.group('biases')[order]])
+    assert Mask({k: p > 0 for k, p in reversed(list(net.named_parameters()))}, params=net).indices.equal(Mask(partition(net, 'sign').group('positive')).indices)
+
+@pytest.mark.parametrize('how', ['global', 'one tensor', 'structured'])
+def test_pruned_models(how):
+    import copy, torch.nn.utils.prune as prune
+    net = small_net(); names = [k for k, _ in net.named_parameters()]; pruned = copy.deepcopy(net)
+    if how == 'global': prune.global_unstructured([(pruned[0], 'weight'), (pruned[3], 'weight')], prune.L1Unstructured, amount=50)
+    elif how == 'one tensor': prune.l1_unstructured(pruned[3], 'bias', amount=2)
+    else: prune.ln_structured(pruned[0], 'weight', amount=2, n=2, dim=0)
+    buffers = dict(pruned.named_buffers())
+    want = torch.cat([buffers[k+'_mask'].bool().reshape(-1) if k+'_mask' in buffers else torch.ones(p.numel(), dtype=torch.bool) for k, p in net.named_parameters()])
+    mask, order = mask_from_prune(pruned, names), order_from_prune(pruned, names)
+    assert mask.to_bool().equal(want) and Mask(order, n=mask.n, k=mask.k).indices.equal(mask.indices)
+    assert order.equal(order_within(magnitude_order(net), want))
+    now = torch.nn.utils.parameters_to_vector(p.requires_grad_() for p in pruned.parameters()).abs()
+    assert mask_from_prune(pruned).k == mask.k and (now[order_from_prune(pruned)[:mask.k]].diff() <= 0).all()
 
 def test_layer_scope_keeps_shares():
     params = [10.**i*torch.rand(s, generator=torch.Generator().manual_seed(i)) for i, s in enumerate((100, 30, 10))]
