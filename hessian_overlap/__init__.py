@@ -13,8 +13,8 @@ from .ggn import GGNLinearOperator, EFLinearOperator
 from .sketch import EighResult, TestMatrix, seigh
 from .krylov import BlockLanczos, eigsh
 from .grassmann import METRICS, principal_angles, grassmann_distance, metric_from_angles, mask_iou, distance_matrix, chance_overlap, random_angles, chance_distance
-from .masks import Mask, Partition, partition, score_order, magnitude_order, random_order, best_order, order_within, order_from_prune, mask_from_prune
-from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve
+from .masks import Mask, Partition, partition, score_order, magnitude_order, random_order, leverage, best_order, order_within, order_from_prune, mask_from_prune
+from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve, OverlapSplit, overlap_split
 from .grassmann import overlap # after the module of the same name, which importing it would leave here
 from .record import OverlapRecord, RecordError
 from .experiment import run_overlap
@@ -27,9 +27,9 @@ __all__ = [
     'HessianLinearOperator', 'GGNLinearOperator', 'EFLinearOperator',
     'EighResult', 'TestMatrix', 'seigh', 'BlockLanczos', 'eigsh',
     'METRICS', 'principal_angles', 'overlap', 'grassmann_distance', 'metric_from_angles', 'mask_iou', 'distance_matrix',
-    'chance_overlap', 'random_angles', 'chance_distance', 'Mask', 'Partition', 'partition', 'score_order', 'magnitude_order', 'random_order', 'best_order',
+    'chance_overlap', 'random_angles', 'chance_distance', 'Mask', 'Partition', 'partition', 'score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order',
     'order_within', 'order_from_prune', 'mask_from_prune',
-    'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve',
+    'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve', 'OverlapSplit', 'overlap_split',
     'OverlapRecord', 'RecordError', 'run_overlap',
     'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'explore_overlap',
 ]

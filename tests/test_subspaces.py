@@ -1,10 +1,10 @@
 "Laws of subspaces, masks and overlaps"
-import math, numpy as np, pytest, torch
+import math, sys, numpy as np, pytest, torch
 from hessian_overlap.grassmann import (METRICS, chance_distance, chance_overlap, distance_matrix, grassmann_distance, mask_iou, metric_from_angles, overlap,
                                        principal_angles, random_angles)
-from hessian_overlap.masks import (Mask, Partition, best_order, magnitude_order, mask_from_prune, order_from_prune, order_within, partition, random_order,
+from hessian_overlap.masks import (Mask, Partition, best_order, leverage, magnitude_order, mask_from_prune, order_from_prune, order_within, partition, random_order,
                                    score_order)
-from hessian_overlap.overlap import best_overlap_curve, mask_overlap, overlap_curve, overlap_table
+from hessian_overlap.overlap import best_overlap_curve, mask_overlap, overlap_curve, overlap_split, overlap_table
 from hessian_overlap.synthmat import column_noise
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
@@ -177,7 +177,8 @@ U, V = basis(12, 3, 0), basis(12, 3, 1)
     (lambda: Mask(torch.arange(2), n=4).split(), ValueError, 'no partition'), (lambda: order_within(torch.arange(3), torch.ones(3)), ValueError, 'boolean'), (lambda: order_within(torch.arange(3), torch.ones(4).bool()), ValueError, 'boolean'),
     (lambda: Mask([torch.ones(2).bool()], params=[torch.ones(3)]), ValueError, r'the mask of 0 has shape \(2,\)'), (lambda: Mask({'a': torch.ones(2).bool()}, params={'a': torch.ones(2), 'b': torch.ones(1)}), ValueError, 'lacks'),
     (lambda: order_from_prune(torch.nn.Linear(2, 2)), ValueError, 'no tensor pruned'),
-    (lambda: Mask(torch.tensor([0, 0]), n=4), ValueError, 'distinct'), (lambda: Mask(torch.tensor([4]), n=4), ValueError, 'between 0 and'), (lambda: Mask(torch.tensor([-1]), n=4), ValueError, 'between 0'),
+    (lambda: overlap_split(Mask(torch.arange(3), n=12), U), ValueError, 'no partition'), (lambda: overlap_split(Mask(torch.arange(3), n=12), U, partition([torch.ones(5)])), ValueError, 'partition of 5'),
+    (lambda: leverage(U[:, 0]), ValueError, 'must be'), (lambda: Mask(torch.tensor([0, 0]), n=4), ValueError, 'distinct'), (lambda: Mask(torch.tensor([4]), n=4), ValueError, 'between 0 and'), (lambda: Mask(torch.tensor([-1]), n=4), ValueError, 'between 0'),
     (lambda: Mask(torch.tensor([1])), ValueError, 'need n'), (lambda: Mask(torch.zeros(4, dtype=torch.bool)), ValueError, 'empty'), (lambda: Mask(torch.ones(4, dtype=torch.bool), k=3), ValueError, 'expected k = 3'),
     (lambda: Mask(torch.ones(4, dtype=torch.bool), n=5), ValueError, 'expected n = 5'), (lambda: Mask(torch.ones(4)), TypeError, 'booleans or int64')])
 def test_refused(call, error, says):
@@ -210,6 +211,28 @@ def test_best_is_best_by_brute_force():
     for k in (1, 2, 3):
         brute = max(mask_overlap(Mask(torch.tensor(c), n=9), U[:, :k]).item() for c in combinations(range(9), k))
         assert abs(brute - best_overlap_curve(U)[k-1].item()) < 1e-14
+
+@pytest.mark.parametrize('n, k, m', [(30, 4, 4), (60, 10, 25), (60, 20, 5)])
+@pytest.mark.parametrize('dtype', [torch.float32, f64])
+@pytest.mark.parametrize('device', DEVICES)
+def test_a_split_adds_up_and_blames_rightly(n, k, m, dtype, device):
+    U, a = basis(n, k, 1, dtype, device), leverage(basis(n, k, 1, dtype, device))
+    torch.testing.assert_close(a, U.double().square().sum(1)); assert abs(a.sum().item() - k) < 1e-4
+    parts = partition([torch.ones(n//3), torch.ones(n - n//3)])
+    mask = Mask(random_order(n, seed=2).to(device), n=n, k=m); s = overlap_split(mask, U, parts)
+    assert abs(s.total - mask_overlap(mask, U).item()) < 1e-12 and s.counts.tolist() == mask.counts(parts).tolist() and s.sizes.tolist() == parts.sizes.tolist()
+    assert abs(s.chance - chance_overlap(n, m, k)) < 1e-5 and abs(s.chance + s.between + s.within - s.total) < 1e-12
+    for i, name in enumerate(parts.names): assert abs(s.overlap[i].item() - sum(a[j].item() for j in mask.indices.tolist() if parts.group(name)[j])/min(k, m)) < 1e-12
+    whole = overlap_split(Mask(parts.group(parts.names[0]).to(device)), U, parts)
+    assert abs(whole.within) < 1e-12 and 'by group' in repr(whole) # a mask that is a group leaves nothing to choose within
+    one = overlap_split(mask, U, partition([torch.ones(n)])); assert abs(one.between) < 1e-12
+
+def test_table_of_large_gaps_in_blocks(monkeypatch):
+    U, order = basis(400, 10, 1), random_order(400, seed=3)
+    S = U.square()[order].cumsum(0).cumsum(1)
+    for m in ('masks', 'overlap'): monkeypatch.setattr(sys.modules[f'hessian_overlap.{m}'], '_blocks', lambda n, w: (slice(i, min(i+7, n)) for i in range(0, n, 7)))
+    torch.testing.assert_close(leverage(U), U.square().sum(1))
+    for sizes in ([400], [3, 250, 399]): torch.testing.assert_close(overlap_table(order, U, sizes), S[torch.tensor(sizes)-1]/torch.minimum(torch.tensor(sizes)[:, None], torch.arange(1, 11)))
 
 def test_mean_over_all_masks_is_chance():
     from itertools import combinations
