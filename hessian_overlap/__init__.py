@@ -15,6 +15,7 @@ from .krylov import BlockLanczos, eigsh
 from .grassmann import METRICS, principal_angles, grassmann_distance, metric_from_angles, mask_iou, distance_matrix, chance_overlap, random_angles, chance_distance
 from .masks import Mask, Partition, partition, score_order, magnitude_order, random_order, leverage, best_order, order_within, order_from_prune, mask_from_prune
 from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve, OverlapSplit, overlap_split
+from .significance import Significance, overlap_significance, chance_mask_overlap, chance_curve, random_mask, random_mask_distances
 from .grassmann import overlap # after the module of the same name, which importing it would leave here
 from .record import OverlapRecord, RecordError
 from .experiment import run_overlap
@@ -30,6 +31,7 @@ __all__ = [
     'chance_overlap', 'random_angles', 'chance_distance', 'Mask', 'Partition', 'partition', 'score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order',
     'order_within', 'order_from_prune', 'mask_from_prune',
     'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve', 'OverlapSplit', 'overlap_split',
+    'Significance', 'overlap_significance', 'chance_mask_overlap', 'chance_curve', 'random_mask', 'random_mask_distances',
     'OverlapRecord', 'RecordError', 'run_overlap',
     'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'explore_overlap',
 ]

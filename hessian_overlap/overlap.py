@@ -13,12 +13,12 @@ from .masks import Mask, Partition, _check_parts, leverage
 # %% auto #0
 __all__ = ['mask_overlap', 'overlap_table', 'overlap_curve', 'best_overlap_curve', 'OverlapSplit', 'overlap_split']
 
-# %% ../nbs/32_overlap.ipynb #e26dd0c4
+# %% ../nbs/32_overlap.ipynb #58a47ba7
 def _check_basis(U, n=None):
     "U as (n, k) with orthonormal columns, judged by their norms"
     if not isinstance(U, Tensor) or U.dim()!=2 or not U.is_floating_point(): raise ValueError(f'U must be an (n, k) tensor, got {tuple(U.shape) if isinstance(U, Tensor) else type(U).__name__}')
     if n is not None and U.shape[0]!=n: raise ValueError(f'U has {U.shape[0]} rows, there are {n} parameters')
-    norms = U.norm(dim=0)
+    norms = sum(U[r].square().sum(0).double() for r in _blocks(*U.shape)).sqrt() # in blocks, added up in float64
     if not (norms-1).abs().max() <= 1e3*torch.finfo(U.dtype).eps*U.shape[0]**.5: raise ValueError(f'the columns of U must have norm 1, got {norms.min().item():.6g} to {norms.max().item():.6g}')
 
 def mask_overlap(
