@@ -16,6 +16,7 @@ from .grassmann import METRICS, principal_angles, grassmann_distance, metric_fro
 from .masks import Mask, Partition, partition, score_order, magnitude_order, random_order, leverage, best_order, order_within, order_from_prune, mask_from_prune
 from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve, OverlapSplit, overlap_split
 from .significance import Significance, overlap_significance, chance_mask_overlap, chance_curve, random_mask, random_mask_distances
+from .proxies import Proxy, gradient_proxy, sam_proxy, ggn_diagonal, ggn_proxy, sketch_diagonal, h2_proxy
 from .grassmann import overlap # after the module of the same name, which importing it would leave here
 from .record import OverlapRecord, RecordError
 from .experiment import run_overlap
@@ -32,6 +33,7 @@ __all__ = [
     'order_within', 'order_from_prune', 'mask_from_prune',
     'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve', 'OverlapSplit', 'overlap_split',
     'Significance', 'overlap_significance', 'chance_mask_overlap', 'chance_curve', 'random_mask', 'random_mask_distances',
+    'Proxy', 'gradient_proxy', 'sam_proxy', 'ggn_diagonal', 'ggn_proxy', 'sketch_diagonal', 'h2_proxy',
     'OverlapRecord', 'RecordError', 'run_overlap',
     'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'explore_overlap',
 ]
