@@ -12,7 +12,7 @@ from .curvature import HessianLinearOperator
 from .ggn import GGNLinearOperator, EFLinearOperator
 from .sketch import EighResult, TestMatrix, seigh
 from .krylov import BlockLanczos, eigsh
-from .grassmann import METRICS, principal_angles, grassmann_distance, metric_from_angles, mask_iou, distance_matrix, chance_overlap, random_angles, chance_distance
+from .grassmann import principal_angles, grassmann_distance, metric_from_angles, mask_iou, distance_matrix, chance_overlap, random_angles, chance_distance
 from .masks import Mask, Partition, partition, score_order, magnitude_order, random_order, leverage, best_order, order_within, order_from_prune, mask_from_prune
 from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve, OverlapSplit, overlap_split
 from .significance import Significance, overlap_significance, chance_mask_overlap, chance_curve, random_mask, random_mask_distances
@@ -28,7 +28,7 @@ __all__ = [
     'Problem', 'make_problem', 'TrainingRun', 'train', 'load_params',
     'HessianLinearOperator', 'GGNLinearOperator', 'EFLinearOperator',
     'EighResult', 'TestMatrix', 'seigh', 'BlockLanczos', 'eigsh',
-    'METRICS', 'principal_angles', 'overlap', 'grassmann_distance', 'metric_from_angles', 'mask_iou', 'distance_matrix',
+    'principal_angles', 'overlap', 'grassmann_distance', 'metric_from_angles', 'mask_iou', 'distance_matrix',
     'chance_overlap', 'random_angles', 'chance_distance', 'Mask', 'Partition', 'partition', 'score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order',
     'order_within', 'order_from_prune', 'mask_from_prune',
     'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve', 'OverlapSplit', 'overlap_split',
