@@ -49,7 +49,9 @@ def test_against_all_masks(n, m, within):
     np.testing.assert_allclose(_moments(leverage(U), _groups(mask, parts, U.device))[2]/k**3, ((o - o.mean())**3).mean(), atol=1e-12)
     exact = (o >= s.overlap - 1e-12).mean()
     assert abs(s.p - exact) <= 5*max(s.p_error, (exact*(1-exact)/4000)**.5) + 1/4001
+    assert s.p_bound >= exact - 1e-12
     less = overlap_significance(mask, U, parts, samples=4000, alternative='less', seed=0)
+    assert less.p_bound >= (o <= s.overlap + 1e-12).mean() - 1e-12
     assert abs(less.p - (o <= s.overlap + 1e-12).mean()) <= 5*max(less.p_error, 1e-3)
 
 @pytest.mark.parametrize('within, alternative', [(False, 'greater'), (True, 'greater'), (False, 'less')])
@@ -87,6 +89,18 @@ def test_chance_curve(n, k, dtype):
     ks = sorted({1, k}); assert torch.allclose(chance_curve(U, ks)[1], std[torch.tensor(ks)-1])
     draws = torch.stack([overlap_curve(random_order(n, seed=s), U) for s in range(300)])
     assert ((draws.mean(0) - mean).abs() < 5*std/300**.5 + 1e-6).all()
+
+@pytest.mark.parametrize('within', [False, True])
+def test_the_bound_holds_and_reaches_far(within):
+    n = 2000; U = torch.linalg.qr(column_noise(n, range(20), seed=0, kind='gauss')).Q; a = leverage(U); parts = layers(n) if within else None
+    bounds = []
+    for skip in (0, 100, 400, 600, 850):
+        s = overlap_significance(Mask(a.argsort(descending=True)[skip:skip+200], n=n), U, parts, samples=300, seed=0)
+        assert s.p_bound >= s.p - 5*s.p_error - 1/301; bounds.append(math.log(max(s.p_bound, 1e-300)))
+        if 3 < s.z < 6: assert s.p_bound > math.erfc(s.z/2**.5)/4 and s.p_bound < 40*math.erfc(s.z/2**.5) # a near normal sum: of the right order
+    assert bounds[0] < -100 and all(x <= y + 1e-9 for x, y in zip(bounds, bounds[1:])), 'less and less surprising'
+    assert overlap_significance(Mask(a.argsort()[:200], n=n), U, samples=10, seed=0).p_bound > .99
+    assert overlap_significance(Mask(a.argsort()[:200], n=n), U, samples=10, alternative='less', seed=0).p_bound < 1e-10
 
 def test_random_masks():
     n, parts = 40, layers(40); mask = Mask(random_order(n, seed=0), n=n, k=17, parts=parts)
