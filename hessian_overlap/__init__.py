@@ -14,9 +14,11 @@ from .sketch import EighResult, SVDResult, Sketch, TestMatrix, seigh, ssvd
 from .krylov import BlockLanczos, eigsh
 from .apost import ApostError, OverlapInterval, Residuals, ScreeBounds, apost_bounds, apost_error, overlap_error, residual_norms, scree_bounds
 from .quadrature import OverlapEstimate, SpectralDensity, overlap_slq, spectral_density
-from .grassmann import principal_angles, chance_overlap
-from .masks import Mask, magnitude_order, random_order, best_order
-from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve
+from .grassmann import principal_angles, grassmann_distance, metric_from_angles, mask_iou, distance_matrix, chance_overlap, random_angles, chance_distance
+from .masks import Mask, Partition, partition, score_order, magnitude_order, random_order, leverage, best_order, order_within, order_from_prune, mask_from_prune
+from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve, OverlapSplit, overlap_split
+from .significance import Significance, overlap_significance, chance_mask_overlap, chance_curve, random_mask, random_mask_distances
+from .proxies import Proxy, gradient_proxy, sam_proxy, ggn_diagonal, ggn_proxy, sketch_diagonal, h2_proxy
 from .grassmann import overlap # after the module of the same name, which importing it would leave here
 from .record import OverlapRecord, RecordError
 from .experiment import run_overlap
@@ -30,8 +32,12 @@ __all__ = [
     'EighResult', 'SVDResult', 'Sketch', 'TestMatrix', 'seigh', 'ssvd', 'BlockLanczos', 'eigsh',
     'ApostError', 'OverlapInterval', 'Residuals', 'ScreeBounds', 'apost_bounds', 'apost_error', 'overlap_error', 'residual_norms', 'scree_bounds',
     'OverlapEstimate', 'SpectralDensity', 'overlap_slq', 'spectral_density',
-    'principal_angles', 'overlap', 'chance_overlap', 'Mask', 'magnitude_order', 'random_order', 'best_order',
-    'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve',
+    'principal_angles', 'overlap', 'grassmann_distance', 'metric_from_angles', 'mask_iou', 'distance_matrix',
+    'chance_overlap', 'random_angles', 'chance_distance', 'Mask', 'Partition', 'partition', 'score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order',
+    'order_within', 'order_from_prune', 'mask_from_prune',
+    'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve', 'OverlapSplit', 'overlap_split',
+    'Significance', 'overlap_significance', 'chance_mask_overlap', 'chance_curve', 'random_mask', 'random_mask_distances',
+    'Proxy', 'gradient_proxy', 'sam_proxy', 'ggn_diagonal', 'ggn_proxy', 'sketch_diagonal', 'h2_proxy',
     'OverlapRecord', 'RecordError', 'run_overlap',
     'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'explore_overlap',
 ]
