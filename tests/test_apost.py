@@ -64,11 +64,12 @@ def test_interval_of_converged_pairs_is_tight(dtype):
         r = overlap_error(eigsh(B, K+1, tol=1e-6 if dtype == f32 else 1e-9, seed=0), order, torch.arange(1, K+1)); truth = overlap_curve(order, U)
         assert ((r.low <= truth) & (truth <= r.high)).all() and (r.high - r.low).max() < tight
 
-def test_last_pair_needs_one_more():
-    "Without the pair beyond it the cut below k is not known, and the interval is 1/k wide; with it, or with all of the space, it is not"
+def test_the_cut_below_the_last_pair_is_known():
+    "From the next pair and its residual; where these are not known the interval is 1/k wide"
     A, U, (order, *_) = localised('exponential', 1)
     width = lambda r: (r.high - r.low)[-1].item()
-    assert .9/K < width(overlap_error(eigsh(A, K, tol=1e-9, seed=0), order)) < 1.1/K
+    r = eigsh(A, K, tol=1e-9, seed=0)
+    assert width(overlap_error(r, order)) < 1e-5 and .9/K < width(overlap_error(r._replace(info=r.info | dict(next_residual=None)), order)) < 1.1/K
     assert width(overlap_error(eigsh(A, K+1, tol=1e-9, seed=0), order, [K])) < 1e-5
     assert width(overlap_error(eigsh(torch.diag(torch.arange(1., 7, dtype=f64)), 6, seed=0), torch.arange(6))) < 1e-8
 
