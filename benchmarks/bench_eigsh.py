@@ -187,8 +187,8 @@ METHODS = dict(
     skerch_oversampled=(skerch, 'skerch', 'skerch, oversampled', [dict(recovery='oversampled_700', outer=350)]),
     lobpcg=(lobpcg, 'torch', 'torch.lobpcg', [dict(niter=20)]))
 SHORT = ('ours', 'ours_50', 'ours_restart', 'ours_float32', 'ours_float16', 'ours_bfloat16', 'seigh', 'scipy', 'eigenthings_full')
-ONLY = dict(large=('ours', 'ours_restart', 'ours_float16', 'scipy'), mlp_100=SHORT, mlp_5000=SHORT, lowrank=SHORT) # which methods a problem is for; absent: all
-LOBPCG = ('mlp_0',) # minutes and the whole matrix
+ONLY = dict(large=('ours', 'ours_restart', 'ours_float16', 'scipy'), mlp_0=SHORT, mlp_100=SHORT, mlp_5000=SHORT, exp=SHORT, lowrank=SHORT) # which methods a problem is for; absent: all
+LOBPCG = ('mlp_1000',) # minutes and the whole matrix
 
 # --- the worker --------------------------------------------------------------------------------------------------------------------------
 
@@ -282,9 +282,9 @@ def show(name, r):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--problems', nargs='+', default=[*MLP, *(s for s in SPECTRA if s != 'small')]); ap.add_argument('--methods', nargs='+', default=[*METHODS])
+    ap.add_argument('--problems', nargs='+', default=['mlp_1000', 'poly', 'mlp_0', 'mlp_100', 'mlp_5000', 'large', 'exp', 'lowrank']); ap.add_argument('--methods', nargs='+', default=[*METHODS])
     ap.add_argument('--device', default='cpu'); ap.add_argument('--threads', type=int, default=1); ap.add_argument('--timeout', type=float, default=900)
-    ap.add_argument('--peers', action='append', default=[]); ap.add_argument('--cache'); ap.add_argument('--no-warm', action='store_true')
+    ap.add_argument('--peers', action='append', default=[]); ap.add_argument('--cache'); ap.add_argument('--no-warm', action='store_true'); ap.add_argument('--add', action='store_true', help='keep the other problems of the result that is there')
     ap.add_argument('--out', type=Path, default=Path(__file__).parent/'results/bench_eigsh.json')
     for name in ('worker', 'problem', 'method', 'answer'): ap.add_argument(f'--{name}', help=argparse.SUPPRESS)
     ap.add_argument('--setting', type=int, help=argparse.SUPPRESS); ap.add_argument('--folder', type=Path, help=argparse.SUPPRESS)
@@ -293,7 +293,9 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         a.folder = Path(a.cache or d); a.folder.mkdir(exist_ok=True, parents=True)
         env = call(a, 'run_environment'); env.pop('status')
-        out = dict(script='benchmarks/bench_eigsh.py', k=K, environment=env, problems={})
+        out = json.loads(a.out.read_text()) if a.add and a.out.exists() else dict(problems={})
+        out = dict(script='benchmarks/bench_eigsh.py', k=K, environment=env, problems=out['problems'], warm=out.get('warm', dict(rows=[])))
+        a.out.parent.mkdir(parents=True, exist_ok=True)
         for problem in a.problems:
             said = call(a, 'run_prepare', problem=problem)
             if said['status'] != 'ok': raise SystemExit(f"{problem}: {said['why']}")
@@ -306,11 +308,11 @@ def main():
                     runs.append(r); print(show(method, r), flush=True)
                     if r['status'] == 'absent': break
             out['problems'][problem] = said | dict(runs=runs)
+            a.out.write_text(json.dumps(out, indent=1) + '\n') # what is measured is not lost
         if not a.no_warm:
             out['warm'] = call(a, 'run_warm')
             for r in out['warm'].get('rows', []): print(f"start at step {r['steps'][0]} for step {r['steps'][1]}: {r['warm']} matvecs instead of {r['cold']}; eigenspaces overlap by {r['eigenspace_overlap']:.2f}")
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(out, indent=1) + '\n')
+        a.out.write_text(json.dumps(out, indent=1) + '\n')
     print('written to', a.out)
 
 

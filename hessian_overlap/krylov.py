@@ -387,7 +387,7 @@ def _grow(state, stop, k, limit, room, keep, progress):
     bar.close()
     return stop.done if stop.at==state.steps else stop(state)
 
-# %% ../nbs/21_krylov.ipynb #2b92e58f
+# %% ../nbs/21_krylov.ipynb #a24cfa10
 def _resume(start, A, op):
     "The state to go on with, if `start` is one or holds one of the same operator"
     if isinstance(start, BlockLanczos):
@@ -396,21 +396,21 @@ def _resume(start, A, op):
     state = start.info.get('state') if isinstance(start, EighResult) else None
     return state if state is not None and (state.source is A or state.A is op) else None
 
-def _finish(state, stop, converged, keep_state):
-    "Eigenvectors written over the basis if it is not needed any more, and what `info` says of the state"
+def _finish(state, stop, done_with):
+    "Eigenvectors, written over the basis if the state is not needed any more, and what `info` says of it"
     theta,F,res,w = stop.pairs
-    spare = converged and not keep_state and not state.basis.lossy and len(state.basis._segments[0])==len(w)
+    spare = done_with and not state.basis.lossy and len(state.basis._segments[0])==len(w)
     more = dict(basis_bytes=state.basis.nbytes, columns=state.size)
-    if not (converged and not keep_state): more['state'] = state
+    if not done_with: more['state'] = state
     if stop.history: more |= dict(overlap=stop.history[-1][1], overlap_error=stop.error, overlap_history=stop.history)
     return theta, F, res, w, state.basis.rotate(F[:,w]).Q if spare else state.basis.combine(F[:,w]), more
 
 def _captured(start, U):
     "Share of span U that lies in the span of the vectors started from"
-    V = start.eigvecs if isinstance(start, EighResult) else start
-    return (torch.linalg.qr(V.to(U.device, U.dtype)).Q.T @ U).double().square().sum().item()/U.shape[1]
+    V = start.eigvecs.to(U.device, U.dtype) if isinstance(start, EighResult) else torch.linalg.qr(start.to(U.device, U.dtype)).Q
+    return (V.T @ U).double().square().sum().item()/U.shape[1]
 
-# %% ../nbs/21_krylov.ipynb #f4256609
+# %% ../nbs/21_krylov.ipynb #070104a1
 def eigsh(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     k:int, # number of eigenpairs, 1 ≤ k ≤ n
@@ -425,7 +425,7 @@ def eigsh(
     start=None, # (n, j) vectors, or a result, to start from; or a BlockLanczos or unconverged result of the same A, to go on with
     basis_dtype:torch.dtype|None=None, # of the stored basis, e.g. torch.bfloat16; None: that of A
     basis_place=None, # where basis and eigenvectors lie: a device, or a folder for memory-mapped files. None: with A
-    keep_state:bool=False, # keep the basis in info['state'] though converged; it always is where not
+    keep_state:bool=False, # keep the basis in info['state'] though converged; it always is where not, or where the state was given
     seed:int, # of the first block
     progress:bool=False, # a tqdm bar over products
 )->EighResult: # k eigenpairs, most wanted first; info['converged'] says whether all residuals met the tolerance, or the overlap did
@@ -437,11 +437,12 @@ def eigsh(
     idx = None if mask is None else _indices(mask, n)
     given = None if state or start is None else start.eigvecs if isinstance(start, EighResult) else start
     resumed = state.matvecs if state else 0
+    if state and max_basis is not None and (max_basis-k)//6<state.block_size: raise ValueError(f'a state with blocks of {state.block_size} needs max_basis of at least k + {6*state.block_size}, got {max_basis}')
     if not state: state = BlockLanczos(op, b, seed=seed, start=given, basis_dtype=basis_dtype, basis_place=basis_place, first=k)
     state.source,state.matvecs = A,state.matvecs+spent
     stop = _Stopping(k, which, tol, torch.finfo(op.dtype).eps, tol_overlap, idx)
     reason = _grow(state, stop, k, limit+resumed, room, keep, progress)
-    theta,F,res,w,U,more = _finish(state, stop, bool(reason), keep_state)
+    theta,F,res,w,U,more = _finish(state, stop, bool(reason) and not keep_state and not resumed)
     if not reason: warnings.warn(f'eigsh used {state.matvecs} matvecs and has not converged: residuals are up to {stop.worst:.1e} times the tolerance; go on with start=result, or raise max_matvecs or tol', RuntimeWarning, stacklevel=2)
     if given is not None: more['start_overlap'] = _captured(start, U)
     return state._result(theta, F, res, w, bool(reason), U, which=which, tol=tol, stopped_by=reason or 'max_matvecs', resumed=resumed, seconds=time.perf_counter()-began, **more)

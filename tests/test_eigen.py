@@ -251,12 +251,15 @@ def test_going_on_repeats_no_product(how, tmp_path):
     assert sum(calls) == r.info['matvecs'] and r.info['resumed'] == 60 and abs(r.info['matvecs'] - n_whole) <= 30 and r.info['converged']
     torch.testing.assert_close(r.eigvals, whole.eigvals, rtol=1e-11, atol=1e-13)
     assert torch.equal(part.eigvecs, U) # the earlier result is still what it was
+    further = eigsh(A, 40, start=r, seed=0) # and the state, which both hold, is whole
+    assert lost(S.eigvecs(40), further.eigvecs) < 1e-9 and further.info['resumed'] == r.info['matvecs'] and lost(S.eigvecs(30), r.eigvecs) < 1e-9
 
 def test_more_pairs_from_a_kept_state():
     A = SynthOperator(SPECTRA['slow tail, both signs'], seed=7)
     r = eigsh(A, 10, keep_state=True, seed=0); more = eigsh(A, 40, start=r, seed=0); from_nothing = eigsh(A, 40, seed=0)
     assert more.info['resumed'] == r.info['matvecs'] and more.info['matvecs'] <= from_nothing.info['matvecs'] + 40
-    assert lost(A.eigvecs(40), more.eigvecs) < 1e-9 and 'state' not in more.info
+    assert lost(A.eigvecs(40), more.eigvecs) < 1e-9
+    with pytest.raises(ValueError, match='blocks of 10 needs max_basis of at least k . 60'): eigsh(A, 40, start=r, max_basis=60, seed=0)
 
 @pytest.mark.parametrize('j', [1, 5, 10, 60])
 def test_start_vectors(j):
