@@ -112,8 +112,8 @@ def main():
             print(f"  {r['probes']:>2} x {r['steps']:<3} {r['seconds']:>6.1f} s, {r['beyond_products']:.0%} beyond the products, memory {r['memory']/r['basis_bytes']:.2f} bases; rms "
                   + ' '.join(f'{v:.2%}' for v in r['rms']) + '; covered ' + ' '.join(f'{v:.2f}' for v in r['covered']) + '; trusted ' + ' '.join(f'{v:.2f}' for v in r['trusted']), flush=True)
         out['problems'][name] = dict(n=A.shape[0], ks=ks.tolist(), truth=truth.tolist(), rows=rows)
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(out, indent=1) + '\n')
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        a.out.write_text(json.dumps(out, indent=1) + '\n') # what is measured is not lost
     print('written to', a.out)
 
 
