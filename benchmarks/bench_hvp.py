@@ -318,7 +318,7 @@ def run_method(a):
     "Time, memory and error of one way"
     import torch
     warm = Bench(a, make=tiny) # what a way imports at its first use is neither its time nor its memory
-    warm.gradient(); warm.way(a.method)(warm.vectors(2))
+    warm.gradient(); warm.way(a.method)(warm.vectors(16))
     del warm; gc.collect()
     b = Bench(a)
     V = b.vectors(a.vectors); v = V[:, :1].contiguous()
@@ -364,7 +364,7 @@ def run_columns(a):
     "This package: peak memory of a product with many columns, less the columns of its result"
     import torch
     warm = Bench(a, make=tiny)
-    warm.way('ours')(warm.vectors(2))
+    warm.way('ours')(warm.vectors(16))
     b = Bench(a)
     V = torch.ones(b.n, a.vectors, device=b.device) # touched, so that it is in memory before the baseline
     V.normal_(generator=torch.Generator(b.device).manual_seed(1))
