@@ -162,7 +162,7 @@ def _joined(self:CurvatureOperator, start=0):
     it = iter(self._batches(sum(self._groups[:start])))
     for c in self._groups[start:]: yield _cat(list(islice(it, c)))
 
-# %% ../nbs/12_curvature.ipynb #85667304
+# %% ../nbs/12_curvature.ipynb #9314475b
 _UNKEPT = {'linear':'single', 'linear-batched':'batched'} # a program is worth its making only if it is kept
 _NOT_POSSIBLE = (RuntimeError,NotImplementedError,TypeError,ValueError,AttributeError,AssertionError,KeyError) # what recording a model may end in
 
@@ -213,7 +213,7 @@ def _matmat(self:CurvatureOperator, V):
     except _NOT_POSSIBLE as e:
         if self.strategy or not strategy.startswith('linear') or isinstance(e, torch.OutOfMemoryError): raise
         self._rates[strategy] = _said(e)
-    self._chosen = 'batched' if self.shape[0]<2**16 else 'single' # double backward, for what cannot be recorded
+    self._chosen = self._fixed()[0] # double backward, for what cannot be recorded
     return self._multiply(V, self._chosen)
 
 # %% ../nbs/12_curvature.ipynb #56aefa3f
@@ -336,22 +336,29 @@ def _measure(self:CurvatureOperator, V):
         del f
     return best
 
-# %% ../nbs/12_curvature.ipynb #fbe35f34
+# %% ../nbs/12_curvature.ipynb #828fff5e
 @patch
 def _strategy_for(self:CurvatureOperator, V):
     "The strategy to multiply V with"
-    small = self.shape[0]<2**16
     if self.strategy or self._chosen: return self.strategy or self._chosen
+    first,then = self._fixed()
     self._asked += V.shape[1]
-    if self._asked<(16 if small else 4): return 'batched' if small else 'single'
+    if self._asked<(16 if then else 4): return first
     self._kept = []
-    with torch.no_grad(): self._chosen = 'linear-batched' if small else self._measure(V)
+    with torch.no_grad(): self._chosen = then or self._measure(V)
     return self._chosen
+
+@patch
+def _fixed(self:CurvatureOperator):
+    "Strategies for the first columns and for the others; None where they are measured"
+    if self.shape[0]>=2**16: return 'single',None
+    convolves = self.device.type=='cpu' and any(isinstance(m, nn.modules.conv._ConvNd) for m in self.model.modules())
+    return ('single','linear') if convolves else ('batched','linear-batched')
 
 @patch(as_prop=True)
 def info(self:CurvatureOperator)->dict:
     "What is used and what was measured: strategy, seconds per vector of each, batches and bytes kept, columns at once"
-    used = self.strategy or self._chosen or ('batched' if self.shape[0]<2**16 else None)
+    used = self.strategy or self._chosen or (self._fixed()[0] if self.shape[0]<2**16 else None)
     grad,rate = getattr(self, '_gradient_seconds', None),self._rates.get(used)
     return dict(strategy=used, seconds_per_vector=dict(self._rates), seconds_per_gradient=grad, gradients_per_vector=rate/grad if grad and isinstance(rate, float) else None,
                 batches=sum(self._groups), groups=len(self._groups), groups_kept=len(self._kept), bytes_kept=sum(m for _,m in self._kept), chunk_size=self.chunk_size, memory=self.memory)

@@ -453,6 +453,13 @@ def test_small_models_always_use_the_same_strategy():
     torch.testing.assert_close(few, W[:, :15], rtol=1e-10, atol=1e-14)
     with pytest.raises(ValueError, match='one of batched, single, linear'): HessianLinearOperator(model, loss, None, [(x, y)], strategy='fast')
 
+def test_small_convolutions_go_one_by_one_on_a_cpu():
+    model, loss, x, y = make('conv, pool')
+    H, ref = (HessianLinearOperator(model, loss, None, [(x, y)], strategy=s) for s in (None, 'batched'))
+    assert H.info['strategy'] == 'single'
+    torch.testing.assert_close(H @ eye(H), ref @ eye(H), rtol=1e-9, atol=1e-12)
+    assert H.info['strategy'] == 'linear'
+
 def test_small_models_that_cannot_be_recorded_use_double_backward():
     for name in ('own autograd.Function', 'detaching'):
         model, loss, x, y = make('own autograd.Function') if name != 'detaching' else (Detaching().double(), *make('mlp, cross-entropy')[1:])
