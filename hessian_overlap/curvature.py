@@ -162,11 +162,8 @@ def _joined(self:CurvatureOperator, start=0):
     it = iter(self._batches(sum(self._groups[:start])))
     for c in self._groups[start:]: yield _cat(list(islice(it, c)))
 
-# %% ../nbs/12_curvature.ipynb #9314475b
+# %% ../nbs/12_curvature.ipynb #5345e68c
 _UNKEPT = {'linear':'single', 'linear-batched':'batched'} # a program is worth its making only if it is kept
-_NOT_POSSIBLE = (RuntimeError,NotImplementedError,TypeError,ValueError,AttributeError,AssertionError,KeyError) # what recording a model may end in
-
-def _said(e): return f'not possible: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
 
 @patch
 def _products(self:CurvatureOperator, strategy):
@@ -190,6 +187,11 @@ def chunk_size(self:CurvatureOperator)->int: # columns
     "Columns that are multiplied at once"
     blocks,most,room = 4*self.shape[0]*self.dtype.itemsize,*((64,self.memory/2) if self.device.type=='cuda' else (16,min(self.memory/2, 2**28)))
     return self._chunk_size or max(1, int(min(most, 2**28//blocks, room//max(blocks, self._work))))
+
+# %% ../nbs/12_curvature.ipynb #0ec9739b
+_NOT_POSSIBLE = (RuntimeError,NotImplementedError,TypeError,ValueError,AttributeError,AssertionError,KeyError) # what recording a model may end in
+
+def _said(e): return f'not possible: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
 
 @patch
 def _multiply(self:CurvatureOperator, V, strategy):

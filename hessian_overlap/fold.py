@@ -12,7 +12,7 @@ from .linearise import _Program, _aten, _name
 # %% auto #0
 __all__ = ['fold']
 
-# %% ../nbs/04_fold.ipynb #db5990f4
+# %% ../nbs/04_fold.ipynb #e445be37
 class _Block:
     "m values of one shape: `node` gives (m, shape[order[0]], shape[order[1]], …); `own` if nothing else needs its memory"
     def __init__(self, node, shape, order=None, own=False):
@@ -35,6 +35,7 @@ def _shapes(program, v):
             if last[n] is node: del env[n]
     return shapes
 
+# %% ../nbs/04_fold.ipynb #24a957fb
 class _Folder(_Program):
     "The program for rows under construction"
     def __init__(self, program, v):

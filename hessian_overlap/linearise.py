@@ -30,7 +30,7 @@ _SPLIT_UP = get_decompositions([_aten.native_batch_norm, _aten._native_batch_nor
 def _name(op): return op._schema.name.removeprefix('aten::')
 def _differentiable(x): return isinstance(x, Tensor) and x.is_floating_point()
 
-# %% ../nbs/03_linearise.ipynb #7e80933e
+# %% ../nbs/03_linearise.ipynb #f055516b
 _ADDED = {_aten.mm.default:_aten.addmm.default, _aten.bmm.default:_aten.baddbmm.default, _aten.mul.Tensor:_aten.addcmul.default}
 
 class _Finished:
@@ -43,6 +43,7 @@ class _Finished:
         self.run = scope['forward']
     def __call__(self, v): return self.run(self, v)
 
+# %% ../nbs/03_linearise.ipynb #aa2597d5
 class _Program:
     "A torch.fx graph under construction, with tensors as constants"
     def __init__(self):
