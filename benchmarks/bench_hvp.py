@@ -216,6 +216,7 @@ class Bench:
         torch.set_num_threads(a.threads)
         self.a, self.device, self.dtype = a, torch.device(a.device), dtype or torch.float32
         self.problem = (make or PROBLEMS[a.problem][0])(self.device, self.dtype, a.samples)
+        self.clock = time.process_time if self.device.type == 'cpu' and a.threads == 1 else time.perf_counter
         self.params = trainable(self.problem[0])
         self.n = sum(p.numel() for p in self.params)
 
@@ -230,15 +231,16 @@ class Bench:
         model, loss_func, x, y = self.problem
         return torch.autograd.grad(loss_func(model(x), y), self.params)
 
-    def seconds(self, f):
+    def seconds(self, f): # of the processor for one thread, which other processes do not disturb; of the wall for more, which may wait for each other
         import torch
         sync = torch.cuda.synchronize if self.device.type == 'cuda' else lambda: None
-        sync(); start = time.perf_counter(); f(); sync()
-        return time.perf_counter() - start
+        sync(); start = self.clock(); f(); sync()
+        return self.clock() - start
 
-    def gradient_seconds(self): # several when one is too short to time
+    def gradient_seconds(self): # the fastest and the median; several when one is too short to time
         first = self.seconds(self.gradient)
-        return statistics.median([first] + [self.seconds(self.gradient) for _ in range(min(20, int(.05/first)))])
+        times = [first] + [self.seconds(self.gradient) for _ in range(min(20, int(.05/first)))]
+        return min(times), statistics.median(times)
 
     def peak(self): # bytes: the most that the process held (CPU) or that torch allocated (CUDA) since `baseline` began
         import torch
@@ -268,13 +270,15 @@ class Bench:
         return run
 
     def over_gradient(self, f, m, repeats):
-        "f multiplies m vectors: medians of its seconds a vector and of that over a gradient timed just before and after"
-        rows, before = [], self.gradient_seconds()
-        for _ in range(repeats):
+        """f multiplies m vectors: its seconds a vector, and that over a gradient, in turns. The fastest of each is what the machine can do; medians
+        say what it did. Short products are repeated more often, for half a second"""
+        rows, before, end = [], self.gradient_seconds(), time.perf_counter() + .5
+        while len(rows) < repeats or time.perf_counter() < end and len(rows) < 100:
             s, after = self.seconds(f)/m, self.gradient_seconds()
-            rows.append((s, (before + after)/2)); before = after
-        return dict(seconds=statistics.median(s for s, _ in rows), gradients=statistics.median(s/g for s, g in rows),
-                    fastest=min(s for s, _ in rows), gradient_seconds=statistics.median(g for _, g in rows))
+            rows.append((s, min(before[0], after[0]), (before[1] + after[1])/2)); before = after
+        fastest, gradient = min(s for s, *_ in rows), min(g for _, g, _ in rows)
+        return dict(gradients=fastest/gradient, seconds=fastest, gradient_seconds=gradient, repeats=len(rows), median_gradients=statistics.median(s/g for s, _, g in rows),
+                    median_seconds=statistics.median(s for s, *_ in rows), median_gradient_seconds=statistics.median(g for *_, g in rows))
 
 
 def difference(a, b): return ((a.double().cpu() - b.double()).norm()/b.double().norm()).item()
@@ -318,7 +322,7 @@ def run_method(a):
     "Time, memory and error of one way"
     import torch
     warm = Bench(a, make=tiny) # what a way imports at its first use is neither its time nor its memory
-    warm.gradient(); warm.way(a.method)(warm.vectors(2))
+    warm.gradient(); warm.way(a.method)(warm.vectors(16))
     del warm; gc.collect()
     b = Bench(a)
     V = b.vectors(a.vectors); v = V[:, :1].contiguous()
@@ -353,9 +357,11 @@ def run_batches(a):
     H1, Hk = (HessianLinearOperator(model, loss_func, None, data) for data in ([(x, y)], list(zip(x.chunk(k), y.chunk(k)))))
     V, out = b.vectors(a.vectors), dict(batches=k)
     for name, W in dict(block=V, single=V[:, :1].contiguous()).items():
-        rows = [(b.seconds(lambda: H1 @ W), b.seconds(lambda: Hk @ W)) for _ in range(max(3, a.repeats) + 1)][1:]
-        out[name] = dict(one=statistics.median(s for s, _ in rows), several=statistics.median(t for _, t in rows),
-                         ratio=statistics.median(t/s for s, t in rows))
+        one, several = lambda: H1 @ W, lambda: Hk @ W
+        first = b.seconds(one) + b.seconds(several)
+        rows = [(b.seconds(one), b.seconds(several)) for _ in range(max(3, a.repeats, min(60, int(1/first))))]
+        s, t = min(s for s, _ in rows), min(t for _, t in rows)
+        out[name] = dict(one=s, several=t, ratio=t/s, median_ratio=statistics.median(t/s for s, t in rows))
     out['difference'] = difference(Hk @ V, (H1 @ V).cpu())
     return out
 
@@ -364,7 +370,7 @@ def run_columns(a):
     "This package: peak memory of a product with many columns, less the columns of its result"
     import torch
     warm = Bench(a, make=tiny)
-    warm.way('ours')(warm.vectors(2))
+    warm.way('ours')(warm.vectors(16))
     b = Bench(a)
     V = torch.ones(b.n, a.vectors, device=b.device) # touched, so that it is in memory before the baseline
     V.normal_(generator=torch.Generator(b.device).manual_seed(1))
@@ -468,7 +474,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--problems', nargs='+', choices=PROBLEMS, default=list(PROBLEMS)); ap.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS))
     ap.add_argument('--device', default='cpu'); ap.add_argument('--threads', type=int, default=os.cpu_count())
-    ap.add_argument('--repeats', type=int, default=5, help='products timed for each way; medians are reported')
+    ap.add_argument('--repeats', type=int, default=5, help='products timed for each way, at least')
     ap.add_argument('--samples', type=int, help='instead of those of each problem'); ap.add_argument('--vectors', type=int, help='likewise')
     ap.add_argument('--columns', type=int, default=1000, help='columns of the large product'); ap.add_argument('--no_extras', action='store_true', help='neither several batches nor many columns')
     ap.add_argument('--peers', action='append', default=[], help='a folder with the peers, put last on the path'); ap.add_argument('--timeout', type=float, default=900, help='seconds for one way')

@@ -7,7 +7,7 @@ __all__ = ['OURS', 'PART', 'DAMAGE', 'COMMANDS', 'EXPECTED', 'USAGE', 'default_s
            'RunFolder', 'finished', 'read_settings', 'run_overlap', 'peak_memory', 'run', 'draw_figures', 'show',
            'main']
 
-# %% ../nbs/41_experiment.ipynb #aa08ec66
+# %% ../nbs/41_experiment.ipynb #d3b52894
 import copy, hashlib, io, json, os, platform, sys, time, warnings, zipfile, zlib
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np, torch
 from fastcore.script import anno_parser
 from tqdm.auto import tqdm
 from . import __version__
+from .synthmat import column_noise
 from .problems import Problem, make_problem
 from .training import TrainingRun, load_params, train
 from .curvature import HessianLinearOperator
@@ -31,18 +32,19 @@ def default_snapshots(
     "Steps 0, 50 and every 100, up to and with the last"
     return sorted({o for o in (0, 50, *range(100, steps + 1, 100), steps) if 0 <= o <= steps})
 
-# %% ../nbs/41_experiment.ipynb #7177095f
+# %% ../nbs/41_experiment.ipynb #9ab8b946
 def measure(
     problem:Problem,    # its model is left as it is
     theta:torch.Tensor, # (n,) parameters at which to look
     split:str,          # "train" or "test"
     s:dict,             # settings, as run_settings gives them
     progress:bool=False,# a bar inside the eigensolver
+    strategy:str|None=None, # how the Hessian is multiplied; None for its default
 )->dict: # eigvals, residuals, magnitude, best: (k,); random: (R, k); matvecs, seconds, converged: scalars
     "Eigenpairs of one Hessian and the overlap of all masks with them"
     start = time.perf_counter()
     model = load_params(copy.deepcopy(problem.model), theta); params = [p for p in model.parameters() if p.requires_grad]
-    H = HessianLinearOperator(model, problem.loss_func, params, problem.hessian_data(split, s["samples"]))
+    H = HessianLinearOperator(model, problem.loss_func, params, problem.hessian_data(split, s["samples"]), strategy=strategy)
     if s["method"] == "eigsh": res = eigsh(H, s["k"], tol=s["tol"], block_size=s["block_size"], seed=s["seed"], progress=progress)
     else: res = seigh(H, s["k"], num_outer=s["num_outer"], num_inner=s["num_inner"], seed=s["seed"], progress=progress)
     lam, U = res.eigvals, res.eigvecs
@@ -109,8 +111,8 @@ def run_settings(
                 **_solver_settings(n, k, method, tol, block_size, num_outer, num_inner), num_random=int(num_random), seed=int(seed),
                 dtype=str(problem.dtype).removeprefix("torch."), device=str(problem.device), threads=torch.get_num_threads(), hessian_overlap=__version__, torch=torch.__version__)
 
-# %% ../nbs/41_experiment.ipynb #c9f492d3
-OURS = (".probe", "record.json", "record.npz", "settings.json", "snapshots.npz", "parts/*.npz", "figures/*.png", ".*.tmp", ".snapshots.npz.*", "parts/.*.tmp", "figures/.*.tmp")
+# %% ../nbs/41_experiment.ipynb #51d50779
+OURS = (".probe", "record.json", "record.npz", "settings.json", "strategy.json", "snapshots.npz", "parts/*.npz", "figures/*.png", ".*.tmp", ".snapshots.npz.*", "parts/.*.tmp", "figures/.*.tmp")
 
 class RunFolder:
     "A folder that a run can be interrupted in, and taken up again with the same settings"
@@ -187,6 +189,20 @@ def _training(problem, s, folder, progress):
     if path: run.save(path)
     return run
 
+# %% ../nbs/41_experiment.ipynb #9a0ce483
+def _strategy(problem, theta, s, folder):
+    "How all Hessians of the run are multiplied: None for small networks, else what the run began with"
+    if s["n"] < 2**16: return None
+    path = folder.path/"strategy.json" if folder else None
+    try: known = json.loads(path.read_bytes()) if path else None
+    except (FileNotFoundError, ValueError): known = None
+    if known in HessianLinearOperator.strategies: return known
+    model = load_params(copy.deepcopy(problem.model), theta)
+    H = HessianLinearOperator(model, problem.loss_func, None, problem.hessian_data("train", s["samples"]))
+    H @ column_noise(s["n"], range(16), seed=0, dtype=H.dtype, device=H.device)
+    if path: write_atomic(path, json.dumps(H.info["strategy"]).encode())
+    return H.info["strategy"]
+
 # %% ../nbs/41_experiment.ipynb #f88b3b76
 def run_overlap(
     problem:Problem,           # of make_problem, or your own; its model is left as it is
@@ -217,7 +233,7 @@ def run_overlap(
     if folder: record.save(folder.path)
     return record
 
-# %% ../nbs/41_experiment.ipynb #0df2b151
+# %% ../nbs/41_experiment.ipynb #a0d374fb
 def _measure_all(problem, run, s, folder, progress, echo, splits=("train", "test")):
     "All parts in order, each read or else computed and written; the bar counts Hessians, matvecs and their rate"
     pairs = [(i, step, split) for i, step in enumerate(run.steps) for split in splits]
@@ -225,13 +241,14 @@ def _measure_all(problem, run, s, folder, progress, echo, splits=("train", "test
     old = {(step, split): _load_part(path(step, split), s) if folder else None for _, step, split in pairs}
     done = sum(o is not None for o in old.values()); parts = []; matvecs = busy = 0
     if done: echo(f"resuming {folder.path}: {done} of {len(pairs)} parts are there")
+    strategy = _strategy(problem, run.thetas[0], s, folder) if done < len(pairs) else None
     echo(table_header(s["k"]))
     with tqdm(total=len(pairs), initial=done, desc="Hessians", unit="Hessian", disable=not progress) as bar:
         for i, step, split in pairs:
             part = old[step, split]
             if part is None:
                 bar.set_description(f"step {step} {split}")
-                part = measure(problem, run.thetas[i], split, s, progress and sys.stderr.isatty())
+                part = measure(problem, run.thetas[i], split, s, progress and sys.stderr.isatty(), strategy)
                 if folder: write_atomic(path(step, split), npz_bytes(part))
                 matvecs += int(part["matvecs"]); busy += float(part["seconds"])
                 bar.set_postfix_str(f"{matvecs} matvecs, {matvecs/busy:.0f} matvec/s", refresh=False); bar.update()

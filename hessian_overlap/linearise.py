@@ -30,24 +30,34 @@ _SPLIT_UP = get_decompositions([_aten.native_batch_norm, _aten._native_batch_nor
 def _name(op): return op._schema.name.removeprefix('aten::')
 def _differentiable(x): return isinstance(x, Tensor) and x.is_floating_point()
 
-# %% ../nbs/03_linearise.ipynb #9224cd20
+# %% ../nbs/03_linearise.ipynb #f055516b
 _ADDED = {_aten.mm.default:_aten.addmm.default, _aten.bmm.default:_aten.baddbmm.default, _aten.mul.Tensor:_aten.addcmul.default}
 
+class _Finished:
+    "A program that runs: its graph, its code, and its constants as attributes. A GraphModule would keep itself and its source alive"
+    def __init__(self, attrs, graph):
+        made = graph.python_code('self')
+        self.__dict__.update(attrs)
+        self.graph,self.code,scope = graph,made.src,dict(made.globals)
+        exec(self.code, scope)
+        self.run = scope['forward']
+    def __call__(self, v): return self.run(self, v)
+
+# %% ../nbs/03_linearise.ipynb #aa2597d5
 class _Program:
     "A torch.fx graph under construction, with tensors as constants"
     def __init__(self):
         self.graph,self.attrs,self.ids = fx.Graph(),{},{}
         self.input = self.graph.placeholder('v')
     def put(self, x):
-        "A constant as a node"
+        "An argument with its constants as nodes"
+        if isinstance(x, (tuple,list)): return (list if isinstance(x, list) else tuple)(self.put(o) for o in x)
         if not isinstance(x, (Tensor,nn.Module)): return x
         if id(x) not in self.ids:
             self.ids[id(x)] = f'c{len(self.ids)}'
             self.attrs[self.ids[id(x)]] = x
         return self.graph.get_attr(self.ids[id(x)]) if isinstance(x, Tensor) else self.ids[id(x)]
-    def call(self, op, *args, **kwargs):
-        const = lambda a: tuple(map(const, a)) if type(a) is tuple else list(map(const, a)) if isinstance(a, list) else self.put(a)
-        return self.graph.call_function(op, tuple(const(a) for a in args), {k:const(a) for k,a in kwargs.items()})
+    def call(self, op, *args, **kwargs): return self.graph.call_function(op, self.put(args), {k:self.put(a) for k,a in kwargs.items()})
     def add(self, *terms):
         "The sum of the terms that are not zero; None for zero. A product is added as it is formed"
         terms = [t for t in terms if t is not None]
@@ -57,24 +67,23 @@ class _Program:
             if y.target in _ADDED and not y.users and all(isinstance(z, fx.Node) for z in y.args): return self.call(_ADDED[y.target], x, *y.args)
         return self.call(_aten.add.Tensor, a, b)
     def finish(self, out):
-        "The program as a module, without steps and constants that nothing uses; and the bytes of its constants"
+        "The program, without steps and constants that nothing uses, and the bytes of its constants"
         self.graph.output(out)
-        gm = fx.GraphModule(self.attrs, self.graph)
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
-        used = {n.target for n in gm.graph.nodes if n.op in ('get_attr','call_module')}
-        for k in self.attrs.keys()-used: delattr(gm, k)
-        held = {t.untyped_storage().data_ptr():t.untyped_storage().nbytes() for k,t in self.attrs.items() if k in used and isinstance(t, Tensor)}
-        return gm,sum(held.values())
+        for n in reversed(self.graph.nodes):
+            if n.op not in ('output','placeholder') and not n.users: self.graph.erase_node(n)
+        attrs = {n.target:self.attrs[n.target] for n in self.graph.nodes if n.op in ('get_attr','call_module')}
+        held = {t.untyped_storage().data_ptr():t.untyped_storage().nbytes() for t in attrs.values() if isinstance(t, Tensor)}
+        return _Finished(attrs, self.graph),sum(held.values())
 
-# %% ../nbs/03_linearise.ipynb #d2d717e5
+# %% ../nbs/03_linearise.ipynb #2bc04d64
 _KEPT = {'view':_aten.reshape.default, '_unsafe_view':_aten.reshape.default, '_reshape_alias':None}
 
 def _linear(p, op, args, kwargs, dots, y):
     "Rule 1"
     if dots[0] is None: return None
     name = _name(op)
-    if name in ('detach','alias'): return dots[0]
+    if name in ('detach','alias') or name in _KEPT and args[0].shape==y.shape: return dots[0]
+    if name=='t' and dots[0].target is op: return dots[0].args[0]
     if name=='_reshape_alias': return p.call(_aten.reshape.default, dots[0], args[1])
     dot = p.call(_KEPT.get(name, op), dots[0], *args[1:], **kwargs)
     if name=='embedding' and len(args)>2 and args[2]>=0: # the row of the padding has no gradient
@@ -95,13 +104,13 @@ def _bilinear(p, op, args, kwargs, dots, y):
     rest = [None]+a[3:] if name=='convolution' else []
     one = lambda x,y_: p.call(plain, x, y_, *rest)
     if name=='mul' and not isinstance(args[1], Tensor): return p.call(op, dots[0], args[1])
-    dot = p.add(None if dots[i] is None else one(dots[i], a[j]), None if dots[j] is None else one(a[i], dots[j]))
-    if dot is not None and alpha!=1: dot = p.call(_aten.mul.Scalar, dot, alpha)
+    terms = [None if dots[i] is None else one(dots[i], a[j]), None if dots[j] is None else one(a[i], dots[j])]
+    if alpha!=1: terms = [t and p.call(_aten.mul.Scalar, t, alpha) for t in terms]
     extra = dots[0] if name in ('addmm','baddbmm') else dots[2] if name=='convolution' and len(dots)>2 else None
     if extra is not None and beta!=1: extra = p.call(_aten.mul.Scalar, extra, beta)
     if extra is not None and name=='convolution': extra = p.call(_aten.reshape.default, extra, [-1] + [1]*(y.dim()-2))
-    if dot is None and extra is not None: return p.call(_aten.expand.default, extra, list(y.shape))
-    return p.add(dot, extra)
+    if extra is not None and not any(terms): return p.call(_aten.expand.default, extra, list(y.shape))
+    return p.add(extra, *terms)
 
 # %% ../nbs/03_linearise.ipynb #74235f87
 def _conv_backward(p, op, args, kwargs, dots, y):
@@ -212,7 +221,7 @@ def _rule(op):
     if name in _BILINEAR: return _bilinear
     return _pointwise if torch.Tag.pointwise in op.tags else _general
 
-# %% ../nbs/03_linearise.ipynb #8366da94
+# %% ../nbs/03_linearise.ipynb #efd8acca
 def _walk(gm, inputs, p):
     "Derivative program of a recorded graph by the first of its inputs; returns its output, a value and a node (None for zero)"
     val,dot,inputs = {},{},list(inputs)
@@ -238,7 +247,9 @@ def record(
     *inputs:Tensor, # where to record: the branches that f takes there are part of the recording
 )->fx.GraphModule: # the same function as a list of operations, without operations in place
     "The operations of f, to be linearised at any inputs of the same shapes"
-    with torch.no_grad(): return make_fx(functionalize(f), decomposition_table=_SPLIT_UP)(*inputs)
+    with torch.no_grad(): gm = make_fx(functionalize(f), decomposition_table=_SPLIT_UP)(*inputs)
+    for n in gm.graph.nodes: n.meta.clear()
+    return gm
 
 def linearise(
     f:Callable|fx.GraphModule, # function of (theta, *rest), or what record made of one

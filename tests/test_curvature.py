@@ -444,10 +444,109 @@ def test_the_strategy_is_measured_once_and_said(kind, device):
 
 def test_small_models_always_use_the_same_strategy():
     "Numbers of a resumed run are those of one that was not interrupted"
-    H = HessianLinearOperator(*make('mlp, cross-entropy')[:2], None, [make('mlp, cross-entropy')[2:]])
-    H @ eye(H)
-    assert H.info['strategy'] == 'batched' and H.info['seconds_per_vector'] == {}
-    with pytest.raises(ValueError, match='one of batched, single, linear'): HessianLinearOperator(*make('mlp, cross-entropy')[:2], None, [make('mlp, cross-entropy')[2:]], strategy='fast')
+    model, loss, x, y = make('mlp, cross-entropy')
+    H, fixed = (HessianLinearOperator(model, loss, None, [(x, y)], strategy=s) for s in (None, 'linear-batched'))
+    few = H @ eye(H)[:, :15] # do not pay for a recording
+    assert H.info['strategy'] == 'batched'
+    W = H @ eye(H)
+    assert H.info['strategy'] == 'linear-batched' and H.info['seconds_per_vector'] == {} and torch.equal(W, fixed @ eye(H)) and torch.equal(W, H @ eye(H))
+    torch.testing.assert_close(few, W[:, :15], rtol=1e-10, atol=1e-14)
+    with pytest.raises(ValueError, match='one of batched, single, linear'): HessianLinearOperator(model, loss, None, [(x, y)], strategy='fast')
+
+def test_small_convolutions_go_one_by_one_on_a_cpu():
+    model, loss, x, y = make('conv, pool')
+    H, ref = (HessianLinearOperator(model, loss, None, [(x, y)], strategy=s) for s in (None, 'batched'))
+    assert H.info['strategy'] == 'single'
+    torch.testing.assert_close(H @ eye(H), ref @ eye(H), rtol=1e-9, atol=1e-12)
+    assert H.info['strategy'] == 'linear'
+
+def test_small_models_that_cannot_be_recorded_use_double_backward():
+    for name in ('own autograd.Function', 'detaching'):
+        model, loss, x, y = make('own autograd.Function') if name != 'detaching' else (Detaching().double(), *make('mlp, cross-entropy')[1:])
+        H, ref = (HessianLinearOperator(model, loss, None, [(x[:5], y[:5]), (x[5:], y[5:])], strategy=s) for s in (None, 'single'))
+        torch.testing.assert_close(H @ eye(H), ref @ eye(H))
+        assert H.info['strategy'] == 'batched' and 'not possible' in H.info['seconds_per_vector']['linear-batched'] and 'batched' in repr(H)
+
+def test_a_batch_that_fails_after_the_measurement_falls_back(monkeypatch):
+    "Only the first batch is measured"
+    model, loss, x, y = wide()
+    data = [(x[:30], y[:30]), (x[30:], y[30:])]
+    ref = HessianLinearOperator(model, loss, None, data, strategy='single')
+    monkeypatch.setattr(HessianLinearOperator, '_measure', lambda self, V: 'linear')
+    H = HessianLinearOperator(model, loss, None, data, memory=2**19)
+    assert H.info['groups'] == 2
+    real = HessianLinearOperator._linearised
+    def fails(self, what, f, batch, *args):
+        if len(batch[1]) == 10: raise RuntimeError('another branch')
+        return real(self, what, f, batch, *args)
+    monkeypatch.setattr(HessianLinearOperator, '_linearised', fails)
+    monkeypatch.setattr('hessian_overlap.curvature._UNKEPT', {})
+    V = column_noise(H.shape[0], range(5), seed=0)
+    torch.testing.assert_close(H @ V, ref @ V)
+    assert H.info['strategy'] == 'single' and 'another branch' in H.info['seconds_per_vector']['linear']
+
+# -------------------------------------------------------------------------------- recordings of earlier operators
+
+class Scaled(nn.Module):
+    "A number and a buffer that the name of the model does not tell"
+    def __init__(self, scale=1.): super().__init__(); self.a = nn.Linear(6, 3); self.scale = scale; self.register_buffer('shift', torch.zeros(3, dtype=f64))
+    def forward(self, x): return torch.tanh(self.a(x))*self.scale + self.shift
+
+def test_recordings_are_used_again_where_they_fit(kind, monkeypatch):
+    import hessian_overlap.curvature as c
+    monkeypatch.setattr(c, '_RECORDED', {})
+    made, real = [], c.record
+    monkeypatch.setattr(c, 'record', lambda *a: made.append(1) or real(*a))
+    _, loss, x, y = make('mlp, cross-entropy')
+    model = Scaled().double()
+    def check(expected):
+        H, ref = (OPERATORS[kind](model, loss, None, [(x, y)], strategy=s) for s in ('linear-batched', 'single'))
+        torch.testing.assert_close(H @ eye(H), ref @ eye(H), rtol=1e-10, atol=1e-13)
+        assert len(made) == expected
+    check(1)
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(1.5)
+        model.shift.add_(torch.tensor([1., 2., 3.], dtype=f64))
+    check(1) # parameters and buffers are inputs of the recording
+    model.scale = 3.
+    check(2) # a number is not: the old recording has another gradient
+    model.a.bias.requires_grad_(False)
+    check(3)
+    check(3)
+    loss.weight = torch.tensor([1., 5., .2], dtype=f64)
+    check(4 if kind == 'hessian' else 3) # the others record the model alone
+    for i in range(12): HessianLinearOperator(model, loss, None, [(x[:i+2], y[:i+2])], strategy='linear') @ eye(HessianLinearOperator(model, loss, None, [(x, y)]))
+    assert len(c._RECORDED) == 8
+
+@pytest.mark.parametrize('strategy', HessianLinearOperator.strategies)
+def test_an_operator_leaves_nothing_behind(kind, strategy):
+    "Tensors and graphs go with the operator, without a run of the garbage collector"
+    import gc
+    model, loss, x, y = make('mlp, cross-entropy')
+    def use():
+        H = OPERATORS[kind](model, loss, None, [(x, y)], strategy=strategy)
+        H @ eye(H)
+    count = lambda: sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    use(); gc.collect()
+    gc.disable()
+    try:
+        before = count()
+        for _ in range(3): use()
+        assert count() <= before
+    finally: gc.enable()
+
+def test_columns_do_not_take_memory():
+    "Besides themselves: the columns that are multiplied at once do not grow with their number"
+    model, loss, x, y = wide(60, 20)
+    H = HessianLinearOperator(model, loss, None, [(x, y)], strategy='linear-batched')
+    seen, real = [], H._product
+    def watched(*args):
+        f, nbytes = real(*args)
+        return (lambda R: seen.append(len(R)) or f(R)), nbytes
+    H._product = watched
+    for m in (16, 100): H @ column_noise(H.shape[0], range(m), seed=0)
+    assert max(seen) <= 16 and H.chunk_size <= 16
+    assert HessianLinearOperator(model, loss, None, [(x, y)]).memory in [2.**k for k in range(33)]
 
 def test_a_candidate_that_is_wrong_or_fails_is_not_chosen(monkeypatch):
     model, loss, x, y = wide()

@@ -129,6 +129,26 @@ def test_a_finished_part_is_not_computed_again(tmp_path, monkeypatch):
     assert done == ["test"] and compare(full, again) == {} and (again.seconds != full.seconds).sum() == 1
 
 
+def test_a_resumed_run_multiplies_as_it_began(tmp_path, monkeypatch):
+    "Above 65,536 parameters the fastest way is measured, once for all parts and for those of a later process"
+    used, real, H = [], ex.measure, ex.HessianLinearOperator
+    problem, ask = own(hidden=11000), ASK | dict(steps=5, snapshots=[0, 5], k=2)
+    assert problem.n_params >= 2**16
+    monkeypatch.setattr(ex, "measure", lambda *a: (used.append(a[-1]), real(*a))[1])
+    monkeypatch.setattr(H, "_measure", lambda self, V: "batched")
+    full = run_overlap(problem, **ask, out=tmp_path/"full")
+    assert json.loads((tmp_path/"full"/"strategy.json").read_text()) == "batched" and used == ["batched"]*4
+    (tmp_path/"full"/"record.json").unlink()
+    for o in ("000000_test", "000005_train"): (tmp_path/"full"/"parts"/f"step{o}.npz").unlink()
+    monkeypatch.setattr(H, "_measure", lambda self, V: "single")
+    assert compare(run_overlap(problem, **ask, out=tmp_path/"full"), full) == {} and used == ["batched"]*6
+    (tmp_path/"full"/"record.json").unlink(); (tmp_path/"full"/"strategy.json").write_text("damaged")
+    assert compare(run_overlap(problem, **ask, out=tmp_path/"full"), full) == {} and len(used) == 6 # nothing is left to do
+    run_overlap(problem, **ask, out=tmp_path/"full", overwrite=True)
+    assert json.loads((tmp_path/"full"/"strategy.json").read_text()) == "single" and used[6:] == ["single"]*4
+    assert ex._strategy(own(), own().theta0, dict(n=27), None) is None
+
+
 def cli(*argv, **kw): return subprocess.run([sys.executable, "-m", "hessian_overlap", *map(str, argv)], capture_output=True, text=True, env=QUIET, **kw)
 
 
