@@ -299,13 +299,14 @@ def _overlap_bound(theta, res, w, which, rows):
     room = torch.where(x<1, res[w]**2/gap.clamp(min=1e-300), math.inf)
     return x.sum().item()/min(rows, len(w)), room
 
-# %% ../nbs/21_krylov.ipynb #68351d02
+# %% ../nbs/21_krylov.ipynb #756a6b78
 class _Stopping:
     "Whether the wanted Ritz pairs or the overlap have converged, and how many steps to go before looking again"
     def __init__(self, k, which, tol, eps, tol_overlap=None, idx=None):
         self.k,self.which,self.tol,self.eps,self.tol_overlap,self.idx = k,which,tol,eps,tol_overlap,idx
         self.seen,self.history,self.last,self.before,self.at,self.error = [],[],None,None,None,1.
     def __call__(self, state):
+        self.pairs = None # the memory of the last reading is free for this one
         theta,F,res = state.ritz()
         w = _wanted(theta, self.k, self.which)
         norm = theta.abs().max()
