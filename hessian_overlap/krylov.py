@@ -191,7 +191,7 @@ def restart(self:BlockLanczos,
     self._T,self.B,self._probes,self.restarts = T,coupling,None,self.restarts+1
     return self
 
-# %% ../nbs/21_krylov.ipynb #2869221a
+# %% ../nbs/21_krylov.ipynb #b0bdf382
 @patch
 def eigenpairs(self:BlockLanczos,
     k:int, # how many, between 1 and the number of columns multiplied
@@ -213,6 +213,7 @@ def overlap(self:BlockLanczos,
     theta,F,_ = self.ritz()
     return self._overlap(_indices(mask, self.n), F[:,_wanted(theta, k or len(_indices(mask, self.n)), which)])
 
+# %% ../nbs/21_krylov.ipynb #a4b330ba
 @patch
 def _overlap(self:BlockLanczos, idx, F): return (self.basis.rows(idx)[:,:len(F)] @ F).square().sum().item()/min(len(idx), F.shape[1])
 
@@ -388,14 +389,16 @@ def _grow(state, stop, k, limit, room, keep, progress):
     bar.close()
     return stop.done if stop.at==state.steps else stop(state)
 
-# %% ../nbs/21_krylov.ipynb #a24cfa10
-def _resume(start, A, op):
+# %% ../nbs/21_krylov.ipynb #e956ea87
+def _resume(start, A, op, k=1, max_basis=None):
     "The state to go on with, if `start` is one or holds one of the same operator"
     if isinstance(start, BlockLanczos):
         if start.source is not A and start.A is not op: raise ValueError('the state was grown with another operator: load it with this one, or give its eigenvectors as start')
-        return start
-    state = start.info.get('state') if isinstance(start, EighResult) else None
-    return state if state is not None and (state.source is A or state.A is op) else None
+        state = start
+    else: state = start.info.get('state') if isinstance(start, EighResult) else None
+    if state is None or state.source is not A and state.A is not op: return None
+    if max_basis is not None and (max_basis-k)//6<state.block_size: raise ValueError(f'a state with blocks of {state.block_size} needs max_basis of at least k + {6*state.block_size}, got {max_basis}')
+    return state
 
 def _finish(state, stop, done_with):
     "Eigenvectors, written over the basis if the state is not needed any more, and what `info` says of it"
@@ -411,7 +414,7 @@ def _captured(start, U):
     V = start.eigvecs.to(U.device, U.dtype) if isinstance(start, EighResult) else torch.linalg.qr(start.to(U.device, U.dtype)).Q
     return (V.T @ U).double().square().sum().item()/U.shape[1]
 
-# %% ../nbs/21_krylov.ipynb #070104a1
+# %% ../nbs/21_krylov.ipynb #33c1a6dc
 def eigsh(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     k:int, # number of eigenpairs, 1 ≤ k ≤ n
@@ -432,13 +435,11 @@ def eigsh(
 )->EighResult: # k eigenpairs, most wanted first; info['converged'] says whether all residuals met the tolerance, or the overlap did
     "Leading eigenpairs by block Lanczos with full reorthogonalisation and Rayleigh-Ritz; arguments as in scipy.sparse.linalg.eigsh"
     began,(op,n),spent = time.perf_counter(),_check_problem(A, k),0
-    state = _resume(start, A, op)
+    state = _resume(start, A, op, k, max_basis)
     if block_size=='auto': block_size,spent = (state.block_size,0) if state else _auto_block(op, k, n, seed)
     b,limit,room,keep = _check_eigsh(k, n, which, tol, tol_overlap, mask, block_size, max_matvecs, max_basis)
-    idx = None if mask is None else _indices(mask, n)
+    idx,resumed = None if mask is None else _indices(mask, n), state.matvecs if state else 0
     given = None if state or start is None else start.eigvecs if isinstance(start, EighResult) else start
-    resumed = state.matvecs if state else 0
-    if state and max_basis is not None and (max_basis-k)//6<state.block_size: raise ValueError(f'a state with blocks of {state.block_size} needs max_basis of at least k + {6*state.block_size}, got {max_basis}')
     if not state: state = BlockLanczos(op, b, seed=seed, start=given, basis_dtype=basis_dtype, basis_place=basis_place, first=k)
     state.source,state.matvecs = A,state.matvecs+spent
     stop = _Stopping(k, which, tol, torch.finfo(op.dtype).eps, tol_overlap, idx)

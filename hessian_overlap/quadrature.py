@@ -159,7 +159,7 @@ def _estimate(states, order_ranks, ks, groups):
         out.append((total(0).sum(1), se, (total(0).sum(1)-total(1).sum(1)).abs(), total(0)))
     return out, reads[0][0][2], d.shape[1]
 
-# %% ../nbs/23_quadrature.ipynb #c02813fa
+# %% ../nbs/23_quadrature.ipynb #02098e23
 def _check_slq(n, order, ks, groups):
     "Orderings by name, their ranks, ks and groups"
     orders = order if isinstance(order, dict) else {'': order}
@@ -176,6 +176,7 @@ def _check_slq(n, order, ks, groups):
     if g.shape!=(n,) or g.dtype!=torch.int64 or g.min()<0: raise ValueError(f'groups must be ({n},) int64 labels from 0')
     return list(orders), ranks, ks, g
 
+# %% ../nbs/23_quadrature.ipynb #1c7c5810
 def overlap_slq(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     order:Tensor|dict[str,Tensor], # (n,) int64 permutation, most important first; several by name
