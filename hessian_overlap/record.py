@@ -128,15 +128,16 @@ def curve(self:OverlapRecord,
     if mask == "random" and not len(a): raise ValueError("this record has no random masks (it was run with num_random=0)")
     return a.mean(0) if mask == "random" else a
 
-# %% ../nbs/40_record.ipynb #b74fff1e
+# %% ../nbs/40_record.ipynb #452ef249
 @patch
 def cell(self:OverlapRecord,
-    mask:str,  # one of the record's orders
-    size:int,  # one of its mask sizes
-    rank:int,  # one of its ranks
+    mask:str,           # one of the record's orders
+    size:int|None=None, # one of its mask sizes; None for k
+    rank:int|None=None, # one of its ranks; None for k
 )->tuple: # (o, m, q): indices into the last axes of overlaps and layers
     "Where an ordering, a mask size and a rank are in the tables"
     if not self.has_tables: raise ValueError(f"this record of {self.problem} has no tables over mask size and rank: it was written before there were any; run again")
+    size, rank = self.k if size is None else size, self.k if rank is None else rank
     for what, v, known in (("mask", mask, list(self.orders)), ("mask size", size, self.sizes.tolist()), ("rank", rank, self.ranks.tolist())):
         if v not in known: raise ValueError(f"{what} {v!r} is not in the tables; they have {', '.join(map(str, known))}")
     return self.orders.index(mask), int(np.flatnonzero(self.sizes == size)[0]), int(np.flatnonzero(self.ranks == rank)[0])
