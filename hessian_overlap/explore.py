@@ -188,10 +188,10 @@ def _setup_curves(self:OverlapExplorer, r, left, right):
 
 def _margin(steps): pad = max(1, .04*(steps[-1] - steps[0])); return steps[0] - pad, steps[-1] + pad
 
-# %% ../nbs/51_explore.ipynb #4c28e983
+# %% ../nbs/51_explore.ipynb #fe7c1c24
 @patch
 def _setup_spectrum(self:OverlapExplorer, r, ax):
-    self._signs = {s: ax.plot([], [], ls="none", ms=3 if s == "positive" else 4, label=s, **LOOKS[s])[0] for s in ("positive", "negative")}
+    self._signs = {s: ax.plot([], [], ls="none", ms=2.5 if s == "positive" else 3.5, mew=.6, label=s, **LOOKS[s])[0] for s in ("positive", "negative")}
     self._level_cut, self._rank_cut = ax.axhline(1, color="0.15", ls="--", lw=1), ax.axvline(1, color="0.15", lw=1)
     size = np.abs(r.eigvals[r.eigvals != 0]); high, low = (size.max(), size.min()) if size.size else (1, .1)
     ax.set(yscale="log", ylim=(low/1.5, high*1.5), xlim=(0, r.k + 1), xlabel="rank", ylabel="|λ|"); ax.legend(fontsize=7.5, loc="upper right")
@@ -237,7 +237,7 @@ def state(self:OverlapExplorer)->dict: # x, curves, chance, std, value, at: what
         s["cell"] = cell = r.cell(mask, near(r.sizes, m), near(r.ranks, q)); s["layers"] = layer_bars(r, i, p, *cell)
     return s
 
-# %% ../nbs/51_explore.ipynb #c31621b4
+# %% ../nbs/51_explore.ipynb #51d71f59
 @patch
 def draw(self:OverlapExplorer):
     "Move the artists to the state of the controls, render them into `.image`, and say the numbers in `.label`"
@@ -256,15 +256,15 @@ def draw(self:OverlapExplorer):
     if r.has_tables: self._draw_tables(s)
     free = f"{s['m']}, rank {s['q']}"
     titles = [f"{r.problem}, {split} Hessian, step {step}", f"{mask} mask at k = {s['m']}" if self.tied.value else f"{mask} mask at m = {free}",
-              f"|λ$_{{{s['q']}}}$| = {abs(lam[s['q'] - 1]):.3g}, {int((lam[:s['q']] < 0).sum())} of {s['q']} negative"]
-    if r.has_tables: titles += [f"overlap of the {mask} mask" if s["table"] else "no table of this mask", f"layers at m = {r.sizes[s['cell'][1]]}, r = {r.ranks[s['cell'][2]]}"]
+              f"cut at |λ| = {abs(lam[s['q'] - 1]):.3g}; {int((lam[:s['q']] < 0).sum())} of {s['q']} negative"]
+    if r.has_tables: titles += [f"overlap of the {mask} mask", f"layers at m = {r.sizes[s['cell'][1]]}, r = {r.ranks[s['cell'][2]]}"]
     for t, said in zip(self._titles, titles): t.set_text(said)
     self.render(); self._say(s)
 
 @patch
 def _draw_tables(self:OverlapExplorer, s):
     "The heat map, its point, and the bars"
-    r, (o, m, q) = self.record, s["cell"]; T = r.overlaps[s["i"], s["p"], o]; s["table"] = T
+    r, (o, m, q) = self.record, s["cell"]; T = r.overlaps[s["i"], s["p"], o]
     self._heat.set_data(T.T); at = lambda grid, v: np.interp(v, grid, np.arange(len(grid)))
     self._point.set_data([at(r.sizes, s["m"])], [at(r.ranks, s["q"])])
     total = s["layers"][0].sum() or 1; y, c = (np.append(v[self._shown], np.delete(v, self._shown).sum())[:len(self._bars)]/total for v in s["layers"])
