@@ -24,7 +24,10 @@ from .record import OverlapRecord, RecordError
 from .experiment import run_overlap, overlap_record
 from .plots import (plot_overlap_over_training, plot_overlap_curve, plot_spectrum, plot_overlap_table, plot_layers, plot_crystallisation, plot_metrics,
                     plot_interval, plot_density)
+from .crystal import Crystallisation, crystallisation, crystallise
 from .explore import explore_overlap
+from .explore_crystal import explore_crystallisation
+from .explore_sketch import explore_sketch
 
 __all__ = [
     'LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'SynthOperator', 'synth_eigvals',
@@ -42,4 +45,5 @@ __all__ = [
     'OverlapRecord', 'RecordError', 'run_overlap', 'overlap_record',
     'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'plot_overlap_table', 'plot_layers', 'plot_crystallisation', 'plot_metrics',
     'plot_interval', 'plot_density', 'explore_overlap',
+    'Crystallisation', 'crystallisation', 'crystallise', 'explore_crystallisation', 'explore_sketch',
 ]
