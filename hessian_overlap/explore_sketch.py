@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SHADES', 'MARKS', 'SHOWN', 'Cancelled', 'sketch_errors', 'SketchExplorer', 'explore_sketch']
 
-# %% ../nbs/53_explore_sketch.ipynb #358fc306
+# %% ../nbs/53_explore_sketch.ipynb #12efa3fe
 import html, threading, time, matplotlib as mpl, matplotlib.style, numpy as np, torch, ipywidgets as W, warnings
 from fastcore.basics import patch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,7 +16,7 @@ from .curvature import HessianLinearOperator
 from .sketch import seigh
 from .krylov import eigsh
 from .overlap import overlap_curve
-from .masks import magnitude_order, random_order
+from .masks import best_order, magnitude_order
 from .explore import Explorer, control
 
 # %% ../nbs/53_explore_sketch.ipynb #1240b091
@@ -120,7 +120,7 @@ def _work(self:SketchExplorer, ask):
     except Cancelled as e: self.bar.bar_style = "warning"; self.message.value = f'<div role="status">{html.escape(str(e))}</div>'
     finally: self.start.disabled, self.cancel.disabled = False, True
 
-# %% ../nbs/53_explore_sketch.ipynb #d23c53aa
+# %% ../nbs/53_explore_sketch.ipynb #12589914
 SHOWN = 6
 
 @patch
@@ -136,7 +136,8 @@ def _setup(self:SketchExplorer):
     ax[2].set(ylim=(0, min(1.02, 1.4*max(self.truth.max(), self.k/n))), ylabel="overlap of the mask")
     for a, t in zip(ax, ("eigenvalues", "eigenspace: 1 − overlap with the exact one", "what one wants to know")):
         a.set_xlim(.5, self.k + .5); a.set_xlabel("rank j", fontsize=9); a.set_title(t, fontsize=9); a.tick_params(labelsize=8); a.yaxis.label.set_size(9)
-    ax[0].legend(fontsize=8, loc="lower left"); ax[2].legend(fontsize=8, loc="upper left")
+    for m in METHODS: ax[1].plot([], [], color=SHADES[m], marker=MARKS[m], lw=1, ms=4, label=m)
+    ax[1].legend(fontsize=7.5, loc="lower left", ncols=2); ax[0].legend(fontsize=8, loc="lower left"); ax[2].legend(fontsize=8, loc="upper left")
     self.stage([o for row in self._lines for o in row])
 
 @patch
@@ -179,14 +180,14 @@ def code(self:SketchExplorer)->str: # Python
     need = [call.partition("(")[0], *(o for o in ("SynthOperator", "synth_eigvals", "HessianLinearOperator") if o in self.source)]
     return f"from hessian_overlap import {', '.join(need)}\nA = {self.source}\nresult = {call}"
 
-# %% ../nbs/53_explore_sketch.ipynb #dc063eda
+# %% ../nbs/53_explore_sketch.ipynb #72a52fb8
 def explore_sketch(
     A=None,         # (n, n) symmetric operator, or a model in eval mode; None: a test matrix of 1000 dimensions
     loss_func=None, # of a model: loss_func(model(x), y), a mean over the batch
     data=None,      # of a model: list of (x, y)
     *,
     k:int=20,       # number of eigenpairs, 1 ≤ k ≤ n/4
-    order=None,     # (n,) ordering whose overlap is followed; None: magnitude of a model, else at random
+    order=None,     # (n,) ordering whose overlap is followed; None: magnitude of a model, else the best for these eigenvectors
     exact=None,     # eigenvalues (k,) and eigenvectors (n, k), if known; None: by eigsh to rounding
 )->SketchExplorer: # shows itself in a notebook
     "An explorer of how exact sketches are, on a problem that can be solved exactly"
@@ -201,4 +202,4 @@ def explore_sketch(
     if not 1 <= k <= n//4: raise ValueError(f"k must be between 1 and n/4 = {n//4}, got {k}: sketches of twice and four times as many are compared")
     if exact is None:
         res = eigsh(op, k, tol=1e-9 if op.dtype == torch.float64 else 1e-5, seed=0); exact = res.eigvals, res.eigvecs
-    return SketchExplorer(A, k, exact, random_order(n, seed=0) if order is None else order, source)
+    return SketchExplorer(A, k, exact, best_order(exact[1]) if order is None else order, source)
