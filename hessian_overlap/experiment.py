@@ -237,7 +237,7 @@ def run_overlap(
     if folder: record.save(folder.path)
     return record
 
-# %% ../nbs/41_experiment.ipynb #b888a15d
+# %% ../nbs/41_experiment.ipynb #e80c3a38
 def _measure_all(problem, run, s, folder, progress, echo, splits=("train", "test")):
     "All parts in order, each read or else computed and written; the bar counts Hessians, matvecs and their rate"
     pairs = [(i, step, split) for i, step in enumerate(run.steps) for split in splits]
@@ -268,7 +268,7 @@ def _collect(model, run, parts, s, splits=("train", "test"), orders=()):
     return OverlapRecord(problem=s["problem"], n=s["n"], k=s["k"], method=s["method"], seed=s["seed"], samples=s["samples"], steps=run.steps, splits=splits,
         train_loss=run.train_loss, train_acc=run.train_acc, test_loss=run.test_loss, test_acc=run.test_acc, **{name: stack(name) for name in PART},
         settings={**s, "environment": env}, orders=("magnitude", *("random",)*(s["num_random"] > 0), "layerwise", *orders, "best"),
-        layer_names=parted.names, layer_sizes=parted.sizes, sizes=sizes, ranks=ranks)
+        layer_names=parted.names, layer_sizes=parted.sizes.cpu().numpy(), sizes=sizes, ranks=ranks)
 
 def peak_memory()->int|None: # bytes; None where the system does not tell
     "Largest resident memory of this process so far"

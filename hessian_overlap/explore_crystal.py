@@ -83,7 +83,7 @@ def state(self:CrystalExplorer)->dict: # iou, overlap, cos2, masks, space, chanc
     return dict(i=i, j=j, space=space, masks=masks, overlap=float(space[i, j]), iou=None if masks is None else float(masks[i, j]), chance=c.sizes[q]/c.n,
                 cos2=None if not c.angles else np.cos(np.asarray(c.angles[split][q][i, j], float))**2)
 
-# %% ../nbs/52_explore_crystal.ipynb #caa1e6fe
+# %% ../nbs/52_explore_crystal.ipynb #1d949aea
 @patch
 def draw(self:CrystalExplorer):
     "Move the artists to the state of the controls, render them into `.image`, and say the numbers in `.label`"
@@ -91,7 +91,7 @@ def draw(self:CrystalExplorer):
     for M, (im, texts, dots) in zip((s["masks"], s["space"]), self._maps):
         if M is None: continue
         im.set_data(M)
-        for t, v in zip(texts, M.ravel()): t.set_text("1" if v > .995 else f"{v:.2f}"[1:]); t.set_color("0" if v > .55 else "1")
+        for t, v in zip(texts, M.ravel()): t.set_text("1" if v > .995 else f"{v:.2f}"[1:]); t.set_color("0" if v > .45 else "1")
         for d, (x, y) in zip(dots, ((s["i"], s["j"]), (s["j"], s["i"]))): d.set_data([x], [y])
     cos2 = s["cos2"]; self._cos.set_data(*([[], []] if cos2 is None else [np.arange(1, k + 1)/k, cos2]))
     self._mean.set_ydata([s["overlap"]]*2); self._level.set_ydata([s["chance"]]*2)

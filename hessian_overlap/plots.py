@@ -98,7 +98,7 @@ def plot_spectrum(
     ax.legend()
     return ax
 
-# %% ../nbs/50_plots.ipynb #548d66dc
+# %% ../nbs/50_plots.ipynb #53d77f8a
 def plot_overlap_table(
     record:OverlapRecord,  # of a run, with tables
     mask:str="magnitude",  # one of its orders
@@ -122,7 +122,7 @@ def _heat(ax, M, form, vmax=1, label=""):
     im = ax.imshow(M, vmin=0, vmax=vmax, cmap="cividis", origin="lower", aspect="auto")
     bar = ax.figure.colorbar(im, ax=ax); bar.set_label(label)
     for (y, x), v in np.ndenumerate(M):
-        light = _luminance(im.cmap(im.norm(v))) > .25
+        light = _luminance(im.cmap(im.norm(v))) > .18
         ax.text(x, y, form.format(v).removeprefix("0") or "0", ha="center", va="center", fontsize="xx-small", color="0" if light else "1")
     return im
 
