@@ -43,20 +43,29 @@ def control(cls, name, tip, **kw):
     "A control with a name and a tip, of the width that all of them have"
     return cls(description=name, tooltip=tip, style=dict(description_width="8em"), layout=W.Layout(width="24em"), **kw)
 
-# %% ../nbs/51_explore.ipynb #8186dd16
+# %% ../nbs/51_explore.ipynb #77a3a8e5
 @patch
 def stage(self:Explorer, moving):
     "Draw what stays into a background; `moving` are the artists that are drawn onto it"
     self.moving = list(moving)
     for a in self.moving: a.set_animated(True)
     with mpl.style.context("default"): self.fig.canvas.draw()
-    self.background = self.fig.canvas.copy_from_bbox(self.fig.bbox)
+    self.background, self.settled, self.key = self.fig.canvas.copy_from_bbox(self.fig.bbox), None, None
 
 @patch
-def render(self:Explorer):
+def render(self:Explorer,
+    slow=(),  # artists that change with the key alone; they are drawn first
+    key=None, # as long as it is the same, they are not drawn again
+):
     "The background with all that moves, as a PNG in `.image`"
-    canvas = self.fig.canvas; canvas.restore_region(self.background)
-    for a in self.moving: a.axes.draw_artist(a) if a.axes else self.fig.draw_artist(a)
+    canvas, slow = self.fig.canvas, [a for a in self.moving if a in slow]; paint = lambda a: a.axes.draw_artist(a)
+    if key is None or key != self.key:
+        canvas.restore_region(self.background)
+        for a in slow: paint(a)
+        self.settled, self.key = canvas.copy_from_bbox(self.fig.bbox), key
+    canvas.restore_region(self.settled)
+    for a in self.moving:
+        if a not in slow: paint(a)
     buf = io.BytesIO(); Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(buf, format="png", compress_level=1)
     self.image.value = buf.getvalue()
 
@@ -237,7 +246,7 @@ def state(self:OverlapExplorer)->dict: # x, curves, chance, std, value, at: what
         s["cell"] = cell = r.cell(mask, near(r.sizes, m), near(r.ranks, q)); s["layers"] = layer_bars(r, i, p, *cell)
     return s
 
-# %% ../nbs/51_explore.ipynb #51d71f59
+# %% ../nbs/51_explore.ipynb #3f9a4ab3
 @patch
 def draw(self:OverlapExplorer):
     "Move the artists to the state of the controls, render them into `.image`, and say the numbers in `.label`"
@@ -259,7 +268,8 @@ def draw(self:OverlapExplorer):
               f"cut at |λ| = {abs(lam[s['q'] - 1]):.3g}; {int((lam[:s['q']] < 0).sum())} of {s['q']} negative"]
     if r.has_tables: titles += [f"overlap of the {mask} mask", f"layers at m = {r.sizes[s['cell'][1]]}, r = {r.ranks[s['cell'][2]]}"]
     for t, said in zip(self._titles, titles): t.set_text(said)
-    self.render(); self._say(s)
+    slow = [self._titles[0], self._titles[3], self._band, *self._curves.values(), self._chance, *self._signs.values(), *([self._heat] if r.has_tables else [])]
+    self.render(slow, (step, split, mask, "tied" if self.tied.value else s["q"])); self._say(s)
 
 @patch
 def _draw_tables(self:OverlapExplorer, s):
