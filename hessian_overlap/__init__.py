@@ -21,9 +21,13 @@ from .significance import Significance, overlap_significance, chance_mask_overla
 from .proxies import Proxy, gradient_proxy, sam_proxy, ggn_diagonal, ggn_proxy, sketch_diagonal, h2_proxy
 from .grassmann import overlap # after the module of the same name, which importing it would leave here
 from .record import OverlapRecord, RecordError
-from .experiment import run_overlap
-from .plots import plot_overlap_over_training, plot_overlap_curve, plot_spectrum
+from .experiment import run_overlap, overlap_record
+from .plots import (plot_overlap_over_training, plot_overlap_curve, plot_spectrum, plot_overlap_table, plot_layers, plot_crystallisation, plot_metrics,
+                    plot_interval, plot_density)
+from .crystal import Crystallisation, crystallisation, crystallise
 from .explore import explore_overlap
+from .explore_crystal import explore_crystallisation
+from .explore_sketch import explore_sketch
 
 __all__ = [
     'LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'SynthOperator', 'synth_eigvals',
@@ -38,6 +42,8 @@ __all__ = [
     'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve', 'OverlapSplit', 'overlap_split',
     'Significance', 'overlap_significance', 'chance_mask_overlap', 'chance_curve', 'random_mask', 'random_mask_distances',
     'Proxy', 'gradient_proxy', 'sam_proxy', 'ggn_diagonal', 'ggn_proxy', 'sketch_diagonal', 'h2_proxy',
-    'OverlapRecord', 'RecordError', 'run_overlap',
-    'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'explore_overlap',
+    'OverlapRecord', 'RecordError', 'run_overlap', 'overlap_record',
+    'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'plot_overlap_table', 'plot_layers', 'plot_crystallisation', 'plot_metrics',
+    'plot_interval', 'plot_density', 'explore_overlap',
+    'Crystallisation', 'crystallisation', 'crystallise', 'explore_crystallisation', 'explore_sketch',
 ]

@@ -9,7 +9,7 @@ from made import made_up
 
 
 @pytest.fixture(scope="module")
-def r(): return made_up(k=350, n=7030, R=10, steps=(0, 50, 100, 1000))
+def r(): return made_up(k=350, n=7030, R=10, steps=(0, 50, 100, 1000), tables=True)
 
 
 def pixels(e): return np.asarray(Image.open(io.BytesIO(e.image.value)).convert("RGB"))
@@ -68,8 +68,8 @@ def test_white_whatever_the_style(r):
 
 
 def test_small_and_odd_records():
-    for kw in (dict(k=1), dict(steps=(0,)), dict(R=0), dict(splits=("test",)), dict(method="seigh")):
-        e = explore_overlap(made_up(**kw)); assert ("random" in e.mask.options) == (kw.get("R") != 0)
+    for kw in (dict(k=1), dict(steps=(0,)), dict(R=0), dict(splits=("test",)), dict(method="seigh"), dict(tables=True), dict(tables=True, k=1), dict(tables=True, R=0)):
+        e = explore_overlap(made_up(**kw)); assert not e.message.value; assert ("random" in e.mask.options) == (kw.get("R") != 0)
         assert ("approximate" in e.label.value) == (kw.get("method") == "seigh")
 
 
@@ -79,3 +79,137 @@ def test_folders(r, tmp_path):
     (tmp_path/"run"/"record.npz").write_bytes(b"")
     with pytest.raises(RecordError, match="damaged"): explore_overlap(tmp_path/"run")
     with pytest.raises(TypeError, match="got dict"): explore_overlap({})
+
+
+# ------------------------------------------------------------------------------------------------ size and rank apart, exports, errors
+
+def test_size_and_rank_apart(r):
+    e = explore_overlap(r); e.tied.value = False
+    assert e.k.layout.display == "none" and e.size.layout.display is None
+    for mask in r.masks:
+        for m, q in ((35, 350), (7030, 35), (350, 350)):
+            e.mask.value, e.size.value, e.rank.value = mask, m, q; v = r.overlaps[r.at()][r.cell(mask, m, q)]; c = max(m, q)/r.n; z = (v - c)/r.chance_std(m, q) if m < r.n else None
+            for s in (f"overlap {v:.4f}", f"chance level {c:.4f}", f"top {q} directions", f"mask of {m} of {r.n}"): assert s in e.label.value, (s, e.label.value)
+            assert z is None or f"{abs(z):.1f} deviations" in e.label.value
+    e.tied.value = True; assert e.size.layout.display == "none" and "top 350 of 7030" in e.label.value and not e.message.value
+
+
+def test_untied_controls_change_the_figure(r):
+    e = explore_overlap(r); seen = {e.image.value}
+    for name, value in [("tied", False), ("size", 70), ("rank", 35), ("mask", "layerwise"), ("step", 0), ("split", "train"), ("tied", True)]:
+        getattr(e, name).value = value; assert e.image.value not in seen, name; seen.add(e.image.value)
+
+
+def test_without_tables_it_says_so():
+    e = explore_overlap(made_up()); assert e.tied.disabled and not e.message.value and "deviations" not in e.label.value
+    assert any("holds no table" in t.get_text() for a in e.fig.axes for t in a.texts)
+
+
+def test_exports(r, tmp_path):
+    import base64, csv, re
+    e = explore_overlap(r.save(tmp_path/"run")); e.k.value = 20
+    heads = dict(png=b"\x89PNG", pdf=b"%PDF", csv=b"panel,series,x,y")
+    for kind, head in heads.items():
+        e.buttons[kind].click(); m = re.search(r'download="([^"]+)" href="data:[^;]+;base64,([^"]+)"', e.out.value)
+        assert m[1] == f"overlap_made_up_k20_step1000_test_magnitude.{kind}" and base64.b64decode(m[2]).startswith(head) and e.save(tmp_path/f"x.{kind}").read_bytes().startswith(head)
+    rows = list(csv.DictReader(io.StringIO(e.csv()))); at = [o for o in rows if o["series"] == "magnitude mask" and o["panel"] == "overlap over mask size" and o["x"] == "20"]
+    assert float(at[0]["y"]) == r.curve()[19] and {"spectrum", "layers", "overlap over training", "overlap over mask size and rank"} <= {o["panel"] for o in rows}
+    with pytest.raises(ValueError, match="should end in"): e.save(tmp_path/"x.doc")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_code_draws_what_is_shown(r, tmp_path, tied):
+    e = explore_overlap(r.save(tmp_path/"run")); e.tied.value = tied; e.step.value = 50; e.buttons["code"].click()
+    assert "<pre>from hessian_overlap import" in e.out.value and len(e.code().splitlines()) == 3
+    exec(e.code(), {}); assert "step 50" in plt.gca().get_title() or "step 50" in plt.gcf().axes[0].get_title(); plt.close("all")
+
+
+def test_what_fails_is_said_in_the_widget(r, tmp_path, capfd):
+    e = explore_overlap(r); before = e.image.value; e.run.value = str(tmp_path/"<b>nowhere")
+    assert "record.json is not there" in e.message.value and 'role="alert"' in e.message.value and "<b>nowhere" not in e.message.value and e.image.value == before
+    made_up(k=9, tables=True).save(tmp_path/"ok"); e.run.value = str(tmp_path/"ok"); assert not e.message.value and e.record.k == 9 and e.k.max == 9 and "top 9 of" in e.label.value
+    e.numbers = lambda: 1/0; e.buttons["csv"].click(); assert "ZeroDivisionError" in e.message.value
+    assert capfd.readouterr() == ("", "")
+
+
+def net():
+    import torch
+    g = torch.Generator().manual_seed(0); x = torch.randn(40, 3, generator=g); y = (x[:, 0] > 0).long()
+    with torch.random.fork_rng(): torch.manual_seed(0); return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).eval(), torch.nn.CrossEntropyLoss(), [(x, y)]
+
+
+def test_a_live_model_in_one_call():
+    import torch
+    model, loss, data = net(); own = torch.arange(26)
+    e = explore_overlap(model, loss, data, k=5, seed=0, orders=dict(mine=own)); e.mask.value = "mine"; assert "mine mask" in e.label.value and "overlap_record(model, loss_func, data, k=5, seed=0" in e.code()
+    assert explore_overlap(model, loss, dict(train=data, test=data), k=5, seed=0).split.options == ("train", "test")
+    for f, exc, says in [(lambda: explore_overlap(model), TypeError, "give model, loss_func and data"), (lambda: explore_overlap(model, loss, data, k=27, seed=0), ValueError, "27"),
+                         (lambda: explore_overlap(model, loss, {}, k=2, seed=0), ValueError, "no split")]:
+        with pytest.raises(exc, match=says): f()
+
+
+# ------------------------------------------------------------------------------------------------ crystallisation
+
+@pytest.fixture(scope="module")
+def maps():
+    import torch
+    from hessian_overlap import crystallisation
+    g = torch.Generator().manual_seed(0); U = [torch.linalg.qr(torch.randn(30, 6, generator=g, dtype=torch.float64)).Q for _ in range(4)]
+    return crystallisation(torch.randn(4, 30, generator=g), dict(train=U, test=U[::-1]), [0, 1, 2, 5], [3, 6], "made up")
+
+
+def test_crystallisation(maps, tmp_path):
+    from hessian_overlap import Crystallisation, explore_crystallisation
+    e = explore_crystallisation(maps.save(tmp_path/"c.json")); seen = {e.image.value}
+    for name, value in [("size", 3), ("a", 2), ("b", 1), ("split", "train")]: getattr(e, name).value = value; assert e.image.value not in seen, name; seen.add(e.image.value)
+    v = maps.spaces["train"][0][2, 1]; assert f"overlap {v:.4f}" in e.label.value and f"masks {maps.masks[0][2, 1]:.3f}" in e.label.value and not e.message.value
+    for kind in ("png", "pdf", "csv"): e.buttons[kind].click(); assert f".{kind}" in e.out.value
+    exec(e.code(), {}); plt.close("all")
+    e.file.value = "nowhere.json"; assert "nowhere.json is not there" in e.message.value
+    less = Crystallisation(maps.problem, maps.n, maps.steps, maps.sizes, maps.spaces); e = explore_crystallisation(less); assert "masks" not in e.label.value and not e.message.value
+    for bad in ("{", "{}", '{"steps": 3}', "[]"):
+        (tmp_path/"bad.json").write_text(bad)
+        with pytest.raises(RecordError, match="not a file of crystallisation maps"): explore_crystallisation(tmp_path/"bad.json")
+
+
+def test_crystallisation_from_a_run_folder(tmp_path):
+    from hessian_overlap import explore_crystallisation, make_problem, run_overlap
+    p = make_problem("mnist_mini", seed=0, device="cpu"); run_overlap(p, steps=4, snapshots=[0, 4], k=4, samples=100, num_random=0, seed=0, out=tmp_path/"run", progress=False)
+    e = explore_crystallisation(tmp_path/"run", [2, 4], samples=100, seed=0); assert e.maps.steps == [0, 4] and 0 <= e.state()["overlap"] <= 1
+    with pytest.raises(RecordError, match="no run in"): explore_crystallisation(tmp_path, [2], seed=0)
+
+
+# ------------------------------------------------------------------------------------------------ sketches
+
+def test_sketches_run_and_are_compared():
+    from hessian_overlap import explore_sketch
+    from hessian_overlap.explore_sketch import METHODS
+    e = explore_sketch(k=6)
+    for i, method in enumerate(METHODS):
+        before = e.image.value; e.method.value = method; e.run(wait=True); assert not e.message.value and len(e.runs) == i + 1 and e.image.value != before
+        assert e.runs[-1]["matvecs"] == e.watched.done and method in e.label.value and not e.start.disabled
+    assert e.runs[-1]["lost"][-1] < 1e-4
+    for kind in ("png", "pdf", "csv"): e.buttons[kind].click(); assert f".{kind}" in e.out.value
+    space = {}; exec(e.code(), space); assert np.allclose(space["result"].eigvals.numpy(), e.runs[-1]["eigvals"])
+    e.clear.click(); assert not e.runs and "No run yet" in e.label.value
+
+
+def test_cancel_stops_between_blocks_of_products():
+    import threading, torch
+    from hessian_overlap import LinearOperator, SynthOperator, explore_sketch, synth_eigvals
+    S = SynthOperator(synth_eigvals(400, rank=1, seed=1), seed=0); going, go_on = threading.Event(), threading.Event()
+    class Held(LinearOperator):
+        def _matmat(self, V): going.set(); assert go_on.wait(20); return S @ V
+    e = explore_sketch(Held(S.shape, S.dtype, S.device, symmetric=True), k=10, exact=(S.eigvals[:10], S.eigvecs(10)))
+    e.start.click(); assert going.wait(20) and e.start.disabled and not e.cancel.disabled
+    e.start.click(); assert "cancel it first" in e.message.value   # a second press while it runs
+    e.cancel.click(); go_on.set(); e.thread.join(20)
+    assert not e.runs and "cancelled after 16 products" in e.message.value and not e.start.disabled and e.cancel.disabled
+    e.run(wait=True); assert len(e.runs) == 1 and not e.message.value
+
+
+def test_a_sketch_of_a_model():
+    from hessian_overlap import explore_sketch
+    e = explore_sketch(*net(), k=3); e.run(wait=True); assert len(e.runs) == 1 and "HessianLinearOperator(model" in e.code()
+    with pytest.raises(TypeError, match="give model, loss_func and data"): explore_sketch(net()[0])
+    with pytest.raises(ValueError, match="between 1 and n/4"): explore_sketch(*net(), k=20)

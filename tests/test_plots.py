@@ -5,7 +5,8 @@ import matplotlib; matplotlib.use("agg")
 import matplotlib.pyplot as plt, numpy as np, pytest
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
-from hessian_overlap.plots import LOOKS, plot_overlap_curve, plot_overlap_over_training, plot_spectrum
+from hessian_overlap.plots import (LOOKS, STYLES, plot_crystallisation, plot_density, plot_interval, plot_layers, plot_metrics, plot_overlap_curve,
+                                  plot_overlap_over_training, plot_overlap_table, plot_spectrum)
 from made import made_up
 
 PLOTS = [plot_overlap_over_training, plot_overlap_curve, plot_spectrum]
@@ -81,3 +82,54 @@ def test_rcparams_are_respected_and_left_alone():
     with plt.rc_context({"figure.figsize": (3, 2), "axes.labelsize": 5}):
         ax = plot_overlap_curve(made_up()); assert tuple(ax.figure.get_size_inches()) == (3, 2) and ax.xaxis.label.get_size() == 5
     assert dict(matplotlib.rcParams) == before
+
+
+# ------------------------------------------------------------------------------------------------ tables, layers, maps, estimates
+
+TABLED = [plot_overlap_table, plot_layers]
+
+
+@pytest.mark.parametrize("plot", TABLED)
+@pytest.mark.parametrize("kw", [dict(), dict(k=1), dict(steps=(0,)), dict(R=0), dict(k=60, n=60)], ids=str)
+def test_tables_and_layers(plot, kw):
+    r = made_up(tables=True, **kw); ax = plot(r, "best"); assert ax.get_xlabel() and ax.get_title()
+    ax.figure.savefig(io.BytesIO(), format="png"); own = Figure().subplots(); assert plot(r, ax=own) is own
+    with pytest.raises(ValueError, match="no tables over mask size and rank"): plot(made_up(**kw))
+    with pytest.raises(ValueError, match="mask 'x'"): plot(r, "x")
+
+
+def test_table_shows_the_numbers():
+    r = made_up(tables=True); m, q = int(r.sizes[3]), int(r.ranks[4]); ax = plot_overlap_table(r, "layerwise", 50, "train", point=(m, q))
+    assert (ax.images[0].get_array() == r.overlaps[1, 0, 2].T).all() and len(ax.texts) == r.overlaps[1, 0, 2].size
+    frame, = ax.patches; assert frame.get_xy() == (2.5, 3.5)
+    ax = plot_overlap_table(r, ratio=True); np.testing.assert_allclose(ax.images[0].get_array(), (r.overlaps[2, 1, 0]*r.n/np.maximum.outer(r.sizes, r.ranks)).T)
+    ax = plot_layers(r, "magnitude", m, q, 50, "train"); assert [b.get_width() for b in ax.patches] == pytest.approx(r.layers[1, 0, 0, 3, 4].tolist())
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), r.available[1, 0, 4]*q/min(m, q)*m/r.n)
+
+
+def test_numbers_in_cells_can_be_read():
+    "Light on dark cells and dark on light ones"
+    from hessian_overlap.plots import _luminance
+    ax = plot_crystallisation(np.linspace(0, 1, 36).reshape(6, 6), range(6)); im = ax.images[0]
+    for t in ax.texts:
+        x, y = (int(v) for v in t.get_position()); back, fore = _luminance(im.cmap(im.norm(im.get_array()[y, x]))), _luminance(t.get_color())
+        assert (max(back, fore) + .05)/(min(back, fore) + .05) > 4.5
+
+
+def test_crystallisation_metrics():
+    ax = plot_crystallisation(np.eye(3), [0, 50, 100], "IoU", chance=.1, point=(0, 100)); assert "chance 0.1" in ax.get_title() and ax.patches[0].get_xy() == (-.5, 1.5)
+    for bad, says in [(lambda: plot_crystallisation(np.eye(3), [0, 1]), "there are 2 steps"), (lambda: plot_crystallisation(np.eye(2), [0, 1], point=(0, 5)), "step 5 is not among")]:
+        with pytest.raises(ValueError, match=says): bad()
+    ax = plot_metrics([0, 1], dict(a=[1, 2], b=[3, 4]), dict(a=.5)); assert len(ax.lines) == 3 and ax.lines[1].get_linestyle() == ":"
+    assert len({(ls, m) for _, ls, m in STYLES}) == len(STYLES)
+    with pytest.raises(ValueError, match="chance has 'c'"): plot_metrics([0], dict(a=[1]), dict(c=1))
+
+
+def test_intervals_and_density():
+    import torch
+    from hessian_overlap import SynthOperator, eigsh, overlap_error, overlap_slq, random_order, spectral_density, synth_eigvals
+    A = SynthOperator(synth_eigvals(80, rank=1, seed=0), seed=0); order = random_order(80, seed=0); est = overlap_slq(A, order, torch.tensor([2, 5]), num_probes=4, num_steps=10, seed=0)
+    ax = plot_interval(est, exact=[.1, .2]); lines = {l.get_label(): l for l in ax.lines}
+    assert (lines["estimate"].get_ydata() == est.overlap.numpy()).all() and (lines["chance k/n"].get_ydata() == np.array([2, 5])/80).all() and "exact" in lines
+    ax = plot_interval(overlap_error(eigsh(A, 5, seed=0), order)); assert len(ax.lines) == 1   # it does not know n
+    ax = plot_density(spectral_density(A, num_probes=4, num_steps=8, seed=0)); assert ax.get_yscale() == "log" and len(ax.lines) == 2; ax.figure.savefig(io.BytesIO())

@@ -2,19 +2,19 @@
 import json, os, re, zipfile
 from dataclasses import FrozenInstanceError, fields, replace
 import numpy as np, pytest
-from hessian_overlap.record import ARRAYS, OverlapRecord, RecordError, compare, table_ks, table_row, write_atomic
+from hessian_overlap.record import ARRAYS, TABLES, OverlapRecord, RecordError, compare, table_ks, table_row, write_atomic
 from made import made_up
 
 
-def bits(r): return {name: (getattr(r, name).tobytes(), getattr(r, name).dtype, getattr(r, name).shape) for name in ARRAYS}
+def bits(r): return {name: (getattr(r, name).tobytes(), getattr(r, name).dtype, getattr(r, name).shape) for name in (ARRAYS | TABLES if r.has_tables else ARRAYS)}
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(k=1), dict(k=60, n=60), dict(R=0), dict(steps=(7,)), dict(splits=("test",)), dict(method="seigh"), dict(k=350, n=7030)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(k=1), dict(k=60, n=60), dict(R=0), dict(steps=(7,)), dict(splits=("test",)), dict(method="seigh"), dict(k=350, n=7030), dict(tables=True), dict(tables=True, R=0)], ids=str)
 def test_loads_back_bit_equal(kw, tmp_path):
     r = made_up(**kw); s = OverlapRecord.load(r.save(tmp_path/"a"))
     assert bits(r) == bits(s) and compare(r, s) == {} and compare(r, s, ignore=()) == {}
     for f in fields(r):
-        if f.name not in ARRAYS: assert getattr(r, f.name) == getattr(s, f.name), f.name
+        if f.name not in ARRAYS | TABLES: assert getattr(r, f.name) == getattr(s, f.name), f.name
     s.save(tmp_path/"b")
     for f in ("record.json", "record.npz"): assert (tmp_path/"a"/f).read_bytes() == (tmp_path/"b"/f).read_bytes()
 
@@ -141,3 +141,29 @@ def test_lookups():
                     (lambda: r.curve("worst"), "choose magnitude"), (lambda: made_up(R=0).curve("random"), "no random masks")]:
         with pytest.raises(ValueError, match=says): f()
     assert "\n" not in repr(r) and r._repr_markdown_().count("\n") == 6
+
+
+def test_a_record_from_before_there_were_tables(tmp_path):
+    "Written without their names even, it loads and says what it lacks"
+    r = made_up(); r.save(tmp_path); head = json.loads((tmp_path/"record.json").read_text())
+    import hashlib
+    from hessian_overlap.record import _canonical
+    for name in ("orders", "layer_names"): del head[name]
+    head["sha256"] = hashlib.sha256(_canonical(head)).hexdigest(); (tmp_path/"record.json").write_text(json.dumps(head, indent=1, ensure_ascii=False) + "\n")
+    s = OverlapRecord.load(tmp_path)
+    assert compare(r, s) == {} and not s.has_tables and s.chance_std(3, 3) is None and s.masks == ("magnitude", "best", "random")
+    with pytest.raises(ValueError, match="no tables over mask size and rank"): s.cell("magnitude", 6, 6)
+
+
+@pytest.mark.parametrize("change, says", [(dict(sizes=None), "all of its tables or none; sizes is missing"), (dict(overlaps=np.zeros((3, 2, 4, 1, 1))), "overlaps has shape"),
+    (dict(layer_names=("a",)), "L = 1"), (dict(orders=("magnitude",)), "O = 1"), (dict(extra=np.zeros((3, 2, 0, 60))), "X = 1")])
+def test_tables_that_do_not_fit(change, says):
+    with pytest.raises(RecordError, match=says): replace(made_up(tables=True), **change)
+
+
+def test_looking_up_tables():
+    r = made_up(tables=True); m, q = int(r.sizes[2]), int(r.ranks[1])
+    assert r.cell("layerwise", m, q) == (2, 2, 1) and r.cell("best") == (3, r.sizes.tolist().index(60), len(r.ranks) - 1) and r.masks[-1] == "layerwise"
+    assert (r.curve("layerwise", 50, "train") == r.extra[1, 0, 0]).all() and list(compare(r, made_up()))[0] == "orders"
+    for f, says in [(lambda: r.cell("mine"), "mask 'mine' is not in the tables; they have magnitude"), (lambda: r.cell("best", 61), "mask size 61"), (lambda: r.cell("best", m, 5), "rank 5")]:
+        with pytest.raises(ValueError, match=says): f()

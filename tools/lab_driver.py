@@ -124,6 +124,19 @@ class LabPage:
         handle.scroll_into_view_if_needed(); handle.focus()
         return [self.act(lambda: self.page.keyboard.press(key)) for _ in range(times)]
 
+    def fill(self, label, text):
+        "Type into the field with this label and press Enter"
+        box = self.control(label, 'input'); box.fill(text); box.press('Enter')
+
+    def press(self, name):
+        "Click the first button of this name"
+        self.page.get_by_role('button', name=name, exact=True).and_(self.page.locator('.jupyter-button')).first.click()
+
+    def download(self):
+        "Click the link to a file that an explorer offers -> (its name, its bytes)"
+        with self.page.expect_download() as got: self.page.locator('.jupyter-widgets a[download]').first.click()
+        return got.value.suggested_filename, Path(got.value.path()).read_bytes()
+
     def choose(self, label, value):
         "Choose an entry of the dropdown with this label -> seconds"
         return self.act(lambda: self.control(label, 'select').select_option(label=value))
