@@ -10,6 +10,7 @@ from hessian_overlap.problems import Problem, make_problem
 from hessian_overlap.record import OverlapRecord, compare
 
 SMALL = ["--k", "12", "--samples", "100", "--device", "cpu", "--num-random", "2"]
+LONGER = ["--k", "80", "--samples", "500"] # so that there is something to interrupt
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -165,15 +166,15 @@ def wait_for(p, d, parts):
 
 def test_kill_9_and_ctrl_c(tmp_path):
     "A process killed three times, once before its first part, then interrupted, ends with the record of one that was left alone"
-    full = cli("run", "mnist_mini", *SMALL, "--steps", 100, "--out", tmp_path/"full"); assert full.returncode == 0, full.stderr
+    full = cli("run", "mnist_mini", *SMALL, *LONGER, "--steps", 100, "--out", tmp_path/"full"); assert full.returncode == 0, full.stderr
     d = tmp_path/"killed"
     for parts in (0, 1, 3):
-        p = start(d); wait_for(p, d, parts); p.send_signal(signal.SIGKILL); p.communicate()
+        p = start(d, *LONGER); wait_for(p, d, parts); p.send_signal(signal.SIGKILL); p.communicate()
         assert not (d/"record.json").exists()
-    p = start(d); wait_for(p, d, 4); p.send_signal(signal.SIGINT); out, err = p.communicate()
+    p = start(d, *LONGER); wait_for(p, d, 4); p.send_signal(signal.SIGINT); out, err = p.communicate()
     assert p.returncode == 130 and "Traceback" not in err and "takes the run up again" in err.splitlines()[-1]
     unfinished = cli("show", d); assert unfinished.returncode == 2 and re.search("not finished .[45] of 6 parts", unfinished.stderr)
-    last = cli("run", "mnist_mini", *SMALL, "--steps", 100, "--out", d)
+    last = cli("run", "mnist_mini", *SMALL, *LONGER, "--steps", 100, "--out", d)
     assert last.returncode == 0 and re.search("resuming .*: [45] of 6 parts are there", last.stdout), last.stderr
     assert compare(OverlapRecord.load(tmp_path/"full"), OverlapRecord.load(d)) == {}
     assert sorted(o.relative_to(d).as_posix() for o in d.rglob("*") if o.is_file() and not o.name.startswith(".")) == sorted(
