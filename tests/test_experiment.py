@@ -154,7 +154,8 @@ def cli(*argv, **kw): return subprocess.run([sys.executable, "-m", "hessian_over
 
 
 def start(d, *more): return subprocess.Popen([sys.executable, "-m", "hessian_overlap", "run", "mnist_mini", *SMALL, "--steps", "100", "--out", str(d), *more],
-                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET)
+                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET,
+                                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a job in the background ignores it, and its children would
 
 
 def wait_for(p, d, parts):
