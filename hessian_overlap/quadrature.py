@@ -15,7 +15,7 @@ from .sketch import _check_problem
 # %% auto #0
 __all__ = ['SpectralDensity', 'spectral_density', 'OverlapEstimate', 'overlap_slq']
 
-# %% ../nbs/23_quadrature.ipynb #9a3e1f64
+# %% ../nbs/23_quadrature.ipynb #aa5b4397
 class SpectralDensity(NamedTuple):
     "Nodes that stand for the eigenvalues of an (n, n) symmetric operator"
     n:int # size of the operator
@@ -36,6 +36,7 @@ def _grow_probes(A, num_probes, num_steps, seed, start, progress, **kw):
     if not 2<=num_probes<=n: raise ValueError(f'num_probes must be between 2 and n = {n}, got {num_probes}: error bars come from their spread')
     if num_steps<4: raise ValueError(f'num_steps must be at least 4, got {num_steps}')
     state = BlockLanczos(op, num_probes, seed=seed, **kw) if start is None else _resume(start, A, op)
+    if state is None: raise ValueError(f'start must be a BlockLanczos, or a result that holds one, of the same operator, got {type(start).__name__}')
     state.source = A
     for _ in tqdm(range(state.steps, num_steps), desc='quadrature', unit='step', leave=False, disable=not progress):
         if state.size+2*state.newest>n or state.exhausted: break # the space is spanned: eigsh is the better question
@@ -176,7 +177,7 @@ def _check_slq(n, order, ks, groups):
     if g.shape!=(n,) or g.dtype!=torch.int64 or g.min()<0: raise ValueError(f'groups must be ({n},) int64 labels from 0')
     return list(orders), ranks, ks, g
 
-# %% ../nbs/23_quadrature.ipynb #1c7c5810
+# %% ../nbs/23_quadrature.ipynb #cb1bc5a8
 def overlap_slq(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     order:Tensor|dict[str,Tensor], # (n,) int64 permutation, most important first; several by name
@@ -184,10 +185,10 @@ def overlap_slq(
     *,
     num_probes:int=8, # columns of a block, at least 2
     num_steps:int=40, # blocks, at least 4
-    tol:float|None=None, # half-width of the interval over the estimate, at every k: adds steps and probes until it is met; None: no more
+    tol:float|None=None, # half-width of the interval over the estimate, or over chance if that is more, at every k: adds steps and probes until it is met; None: no more
     max_matvecs:int|None=None, # limit on products where tol is given; None: ten times num_probes num_steps
     groups:Tensor|None=None, # (n,) int64 labels from 0: layers, say, to split the overlap over
-    start=None, # a BlockLanczos of the same operator or an earlier estimate, to go on with
+    start=None, # a BlockLanczos of the same operator, or an earlier estimate, to go on with; of several states that tol made, the first
     basis_dtype:torch.dtype|None=None, # as in eigsh
     basis_place=None, # as in eigsh
     seed:int, # of the probes
@@ -205,19 +206,20 @@ def overlap_slq(
     for name,(o,se,res,parts) in zip(names, found):
         half = _student(max(1, p-len(states)))*se + 2*res
         info = dict(method='slq', n=n, matvecs=matvecs, num_probes=p, num_steps=states[0].steps, exact=exact, trusted=res<=torch.maximum(3*se, .01*torch.maximum(o, ks/n)), groups=parts,
-                    basis_bytes=max(s.basis.nbytes for s in states), state=states[0], seed=seed, seconds=time.perf_counter()-began)
+                    basis_bytes=sum(s.basis.nbytes for s in states), state=states[0], seed=seed, seconds=time.perf_counter()-began)
         out[name] = OverlapEstimate(ks, o, se, res, (o-half).clamp(min=0), (o+half).clamp(max=1), info)
         if not info['trusted'].all(): warnings.warn(f"the overlap{f' of {name!r}' if name else ''} is not resolved at {int((~info['trusted']).sum())} of {len(ks)} values of k, first at k = {ks[~info['trusted']][0]}: the estimate still moves with the number of steps; raise num_steps", RuntimeWarning, stacklevel=2)
     return out if isinstance(order, dict) else out['']
 
-# %% ../nbs/23_quadrature.ipynb #89398257
+# %% ../nbs/23_quadrature.ipynb #efee7ca8
 def _refine(A, states, read, ranks, ks, groups, tol, max_matvecs, progress, kw):
     "More steps or more probes, until every interval is narrower than tol times its estimate"
     while True:
         found,_,p = read
-        spread = max(((_student(max(1, p-len(states)))*se/o).max() for o,se,_,_ in found)).item()
-        change = max((2*res/o).max() for o,_,res,_ in found).item()
-        halves = max((((_student(max(1, p-len(states)))*se+2*res)/o).max() for o,se,res,_ in found)).item()
+        t,unit = _student(max(1, p-len(states))), [torch.maximum(o, ks/states[0].n) for o,*_ in found]
+        spread = max((t*se/u).max() for (_,se,_,_),u in zip(found, unit)).item()
+        change = max((2*res/u).max() for (_,_,res,_),u in zip(found, unit)).item()
+        halves = max(((t*se+2*res)/u).max() for (_,se,res,_),u in zip(found, unit)).item()
         if halves<=tol: return states, read
         s = states[0]
         more_steps,extra = change>=spread and s.size+2*s.newest<=s.n, math.ceil(s.steps/4)

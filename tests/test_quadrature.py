@@ -91,7 +91,8 @@ def test_tol_is_met_or_said():
     (lambda A, o: overlap_slq(A, o, num_probes=1, seed=0), 'num_probes'), (lambda A, o: overlap_slq(A, o, num_steps=3, seed=0), 'num_steps'),
     (lambda A, o: overlap_slq(A, dict(x=o.clone().fill_(1)), seed=0), "'x' does not"), (lambda A, o: overlap_slq(A, o, groups=torch.ones(3), seed=0), 'groups must be'),
     (lambda A, o: spectral_density(A, num_steps=5, seed=0).threshold(N), 'between 0 and n'),
-    (lambda A, o: overlap_slq(A, o, start=BlockLanczos(A, 4, seed=0, start=A.eigvecs(3)), seed=0), 'random signs')])
+    (lambda A, o: overlap_slq(A, o, start=BlockLanczos(A, 4, seed=0, start=A.eigvecs(3)), seed=0), 'random signs'),
+    (lambda A, o: overlap_slq(A, o, start=A.eigvecs(3), seed=0), 'start must be a BlockLanczos')])
 def test_faults(call, says):
     A = SynthOperator(synth_eigvals(N, **SPECTRA['fast tail']), seed=7)
     with pytest.raises(ValueError, match=says): call(A, torch.arange(N))
