@@ -237,9 +237,9 @@ class Bench:
         sync(); start = self.clock(); f(); sync()
         return self.clock() - start
 
-    def gradient_seconds(self): # the fastest and the median; several when one is too short to time
-        first = self.seconds(self.gradient)
-        times = [first] + [self.seconds(self.gradient) for _ in range(min(20, int(.05/first)))]
+    def burst(self, f): # the fastest and the median of several in a row where one is short, a twentieth of a second of them at most
+        first = self.seconds(f)
+        times = [first] + [self.seconds(f) for _ in range(min(20, int(.05/first)))]
         return min(times), statistics.median(times)
 
     def peak(self): # bytes: the most that the process held (CPU) or that torch allocated (CUDA) since `baseline` began
@@ -270,15 +270,15 @@ class Bench:
         return run
 
     def over_gradient(self, f, m, repeats):
-        """f multiplies m vectors: its seconds a vector, and that over a gradient, in turns. The fastest of each is what the machine can do; medians
-        say what it did. Short products are repeated more often, for half a second"""
-        rows, before, end = [], self.gradient_seconds(), time.perf_counter() + .5
+        """f multiplies m vectors: its seconds a vector, and that over a gradient, in turns; short ones several times in each turn, as a Krylov method
+        or training would, and for half a second in all. The fastest of each is what the machine can do; medians say what it did"""
+        rows, before, end = [], self.burst(self.gradient), time.perf_counter() + .5
         while len(rows) < repeats or time.perf_counter() < end and len(rows) < 100:
-            s, after = self.seconds(f)/m, self.gradient_seconds()
-            rows.append((s, min(before[0], after[0]), (before[1] + after[1])/2)); before = after
-        fastest, gradient = min(s for s, *_ in rows), min(g for _, g, _ in rows)
-        return dict(gradients=fastest/gradient, seconds=fastest, gradient_seconds=gradient, repeats=len(rows), median_gradients=statistics.median(s/g for s, _, g in rows),
-                    median_seconds=statistics.median(s for s, *_ in rows), median_gradient_seconds=statistics.median(g for *_, g in rows))
+            s, after = self.burst(f), self.burst(self.gradient)
+            rows.append((s[0]/m, s[1]/m, min(before[0], after[0]), (before[1] + after[1])/2)); before = after
+        fastest, gradient = min(r[0] for r in rows), min(r[2] for r in rows)
+        return dict(gradients=fastest/gradient, seconds=fastest, gradient_seconds=gradient, repeats=len(rows), median_gradients=statistics.median(s/g for _, s, _, g in rows),
+                    median_seconds=statistics.median(r[1] for r in rows), median_gradient_seconds=statistics.median(r[3] for r in rows))
 
 
 def difference(a, b): return ((a.double().cpu() - b.double()).norm()/b.double().norm()).item()

@@ -3,7 +3,7 @@
 Two kinds of problems. The paper's 7030-parameter network at training steps 0, 100 and 5000 (embedded digits, test Hessian on 500 samples), against
 its dense decomposition by LAPACK. And matrices of 10⁴, 10⁵ and 10⁶ parameters whose eigenvectors are known and local (cosines on blocks of 20
 parameters; eigenvalues j^-0.8 with random signs, which prefer leading blocks), with an ordering that knows the blocks roughly. Everything is
-measured over several seeds of the probes.
+measured over several seeds of the probes. Both ways: with a stored basis, and started from masked random signs in three blocks of memory.
 
     python benchmarks/bench_slq.py [--problems mlp_0 local_10000] [--device cuda] [--threads 2] [--seeds 20] [--cache DIR]
 
@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np, torch
 from bench_eigsh import peak, restart_peak
 from hessian_overlap import FunctionLinearOperator, HessianLinearOperator, load_params, magnitude_order, make_problem, overlap_slq, synth_eigvals, train
+from hessian_overlap.masked_start import overlap_slq_masked
 
 KS = {7030: [35, 100, 350, 700, 1400, 2800]}
 SHARES = (.001, .01, .05, .2)
 MLP, LOCAL = {f'mlp_{s}': s for s in (0, 100, 5000)}, {f'local_{n}': n for n in (10_000, 100_000, 1_000_000)}
 RUNS = {**{name: [(16, 20), (16, 40), (8, 80)] for name in MLP}, 'local_10000': [(16, 40), (8, 80)], 'local_100000': [(8, 80), (4, 160)], 'local_1000000': [(8, 80), (4, 160)]}
+MASKED = {'mlp': ((2, 4), [(4, 40), (4, 20)]), 'local': ((1, 4), [(4, 40), (2, 80)])} # which ks (from, to), and probes x steps, started from masked signs
 FEWER = {'local_100000': 5, 'local_1000000': 2} # seeds, at most
 
 
@@ -74,23 +76,27 @@ def timed(A, clock):
     return FunctionLinearOperator(mm, A.shape, rmatmat=mm, dtype=A.dtype, device=A.device), spent
 
 
-def measure(A, order, ks, truth, p, m, seeds, device):
+def measure(A, order, ks, truth, p, m, seeds, device, masked=False):
     "Bias, rms, coverage of one choice of probes and steps"
+    estimate = overlap_slq_masked if masked else overlap_slq
     clock = time.process_time if device == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter # seconds of the processor are not disturbed by other work
     off, covered, trusted, half, seconds, share = [], [], [], [], [], []
     for seed in range(seeds):
         B, spent = timed(A, clock)
         base, start = restart_peak(device), clock()
-        e = overlap_slq(B, order, ks, num_probes=p, num_steps=m, seed=seed)
+        e = estimate(B, order, ks, num_probes=p, num_steps=m, seed=seed)
         seconds.append(clock() - start); share.append(1 - sum(spent)/seconds[-1])
         if seed == 0: memory = peak(device) - base
         off.append(e.overlap/truth - 1); half.append((e.high - e.low)/2/truth)
         covered.append((e.low <= truth + 1e-6) & (truth <= e.high + 1e-6)); trusted.append(e.info['trusted'])
-        exact, basis = e.info['exact'], e.info['basis_bytes']
+        exact, basis, matvecs = e.info['exact'], e.info.get('basis_bytes'), e.info['matvecs']
+        block, spent = e.info.get('block_bytes'), None
+        del e, B
     off, half = torch.stack(off), torch.stack(half)
-    return dict(probes=p, steps=m, matvecs=p*m, seeds=seeds, bias=off.mean(0).tolist(), rms=off.square().mean(0).sqrt().tolist(), half_width=half.mean(0).tolist(),
+    own = dict(method='masked', ks=ks.tolist(), truth=truth.tolist(), block_bytes=block) if masked else dict(method='basis', basis_bytes=basis)
+    return own | dict(probes=p, steps=m, matvecs=matvecs, seeds=seeds, bias=off.mean(0).tolist(), rms=off.square().mean(0).sqrt().tolist(), half_width=half.mean(0).tolist(),
                 covered=torch.stack(covered).double().mean(0).tolist(), trusted=torch.stack(trusted).double().mean(0).tolist(), exact=exact,
-                seconds=float(np.median(seconds)), beyond_products=float(np.median(share)), memory=memory, basis_bytes=basis)
+                seconds=float(np.median(seconds)), beyond_products=float(np.median(share)), memory=memory)
 
 
 def main():
@@ -107,9 +113,12 @@ def main():
         A, order, ks, truth = network(MLP[name], a.cache) if name in MLP else local(LOCAL[name], a.device)
         A @ torch.ones(A.shape[0], 16, dtype=A.dtype, device=A.device)
         print(f"{name}: k = {ks.tolist()}, true overlaps {', '.join(f'{t:.4f}' for t in truth)}", flush=True)
-        rows = [measure(A, order, ks, truth, p, m, min(a.seeds, FEWER.get(name, a.seeds)), a.device) for p, m in RUNS[name]]
+        seeds, ((lo, hi), masked) = min(a.seeds, FEWER.get(name, a.seeds)), MASKED[name.partition('_')[0]]
+        rows = [measure(A, order, ks, truth, p, m, seeds, a.device) for p, m in RUNS[name]]
+        rows += [measure(A, order, ks[lo:hi+1], truth[lo:hi+1], p, m, seeds, a.device, masked=True) for p, m in masked]
         for r in rows:
-            print(f"  {r['probes']:>2} x {r['steps']:<3} {r['seconds']:>6.1f} s, {r['beyond_products']:.0%} beyond the products, memory {r['memory']/r['basis_bytes']:.2f} bases; rms "
+            print(f"  {r['method']} {r['probes']:>2} x {r['steps']:<3} {r['seconds']:>6.1f} s, {r['beyond_products']:.0%} beyond the products, memory "
+                  + (f"{r['memory']/r['block_bytes']:.2f} blocks; rms " if r['method'] == 'masked' else f"{r['memory']/r['basis_bytes']:.2f} bases; rms ")
                   + ' '.join(f'{v:.2%}' for v in r['rms']) + '; covered ' + ' '.join(f'{v:.2f}' for v in r['covered']) + '; trusted ' + ' '.join(f'{v:.2f}' for v in r['trusted']), flush=True)
         out['problems'][name] = dict(n=A.shape[0], ks=ks.tolist(), truth=truth.tolist(), rows=rows)
         a.out.parent.mkdir(parents=True, exist_ok=True)
