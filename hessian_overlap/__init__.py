@@ -14,6 +14,7 @@ from .sketch import EighResult, SVDResult, Sketch, TestMatrix, seigh, ssvd
 from .krylov import BlockLanczos, eigsh
 from .apost import ApostError, OverlapInterval, Residuals, ScreeBounds, apost_bounds, apost_error, overlap_error, residual_norms, scree_bounds
 from .quadrature import OverlapEstimate, SpectralDensity, overlap_slq, spectral_density
+from .masked_start import overlap_slq_masked
 from .grassmann import principal_angles, grassmann_distance, metric_from_angles, mask_iou, distance_matrix, chance_overlap, random_angles, chance_distance
 from .masks import Mask, Partition, partition, score_order, magnitude_order, random_order, leverage, best_order, order_within, order_from_prune, mask_from_prune
 from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve, OverlapSplit, overlap_split
@@ -35,7 +36,7 @@ __all__ = [
     'HessianLinearOperator', 'GGNLinearOperator', 'EFLinearOperator',
     'EighResult', 'SVDResult', 'Sketch', 'TestMatrix', 'seigh', 'ssvd', 'BlockLanczos', 'eigsh',
     'ApostError', 'OverlapInterval', 'Residuals', 'ScreeBounds', 'apost_bounds', 'apost_error', 'overlap_error', 'residual_norms', 'scree_bounds',
-    'OverlapEstimate', 'SpectralDensity', 'overlap_slq', 'spectral_density',
+    'OverlapEstimate', 'SpectralDensity', 'overlap_slq', 'spectral_density', 'overlap_slq_masked',
     'principal_angles', 'overlap', 'grassmann_distance', 'metric_from_angles', 'mask_iou', 'distance_matrix',
     'chance_overlap', 'random_angles', 'chance_distance', 'Mask', 'Partition', 'partition', 'score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order',
     'order_within', 'order_from_prune', 'mask_from_prune',
