@@ -14,7 +14,7 @@ none is given, the language reference that every Python carries (pydoc_data.topi
 result. The last tenth is held out; the baseline is a bigram model of the rest (counts plus one tenth). `--work` keeps the trained parameters
 and the Lanczos state, so that an interrupted run goes on where it was. Results: benchmarks/results/scale_NETWORK.json.
 """
-import argparse, hashlib, io, json, os, platform, resource, time, warnings, zipfile
+import argparse, hashlib, io, json, os, platform, resource, time, zipfile
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -223,7 +223,7 @@ def main():
     ap.add_argument('--initial', action='store_true', help='3c3d before training')
     ap.add_argument('--device', default='cpu'); ap.add_argument('--train-only', action='store_true'); ap.add_argument('--out', type=Path)
     a, cfg = (a := ap.parse_args()), NETWORKS[a.network]
-    torch.set_num_threads(a.threads or os.cpu_count()); warnings.simplefilter('always', RuntimeWarning)
+    torch.set_num_threads(a.threads or os.cpu_count())
     if a.work: a.work.mkdir(parents=True, exist_ok=True)
     model, data, training, what = (train_3c3d if a.network == '3c3d' else train_transformer)(a, cfg)
     if a.train_only: return
