@@ -27,8 +27,8 @@ from hessian_overlap.models import cifar10_3c3d, seeded
 
 SHARES = (.001, .01, .05, .2)
 NETWORKS = {'3c3d': dict(train_steps=4000, batch=128, lr=.0226105, samples=500, probes=8, steps=80),
-            'transformer_10m': dict(width=384, layers=6, heads=6, train_steps=600, batch=16, lr=1e-3, samples=16, probes=4, steps=80),
-            'transformer_100m': dict(width=1024, layers=8, heads=16, train_steps=300, batch=8, lr=3e-4, samples=4, probes=2, steps=32)}
+            'transformer_10m': dict(width=384, layers=6, heads=6, train_steps=600, batch=16, lr=1e-3, samples=8, probes=4, steps=80),
+            'transformer_100m': dict(width=1024, layers=8, heads=16, train_steps=300, batch=8, lr=3e-4, samples=4, probes=2, steps=24)}
 LENGTH = 128 # characters of a sequence
 
 
