@@ -77,7 +77,7 @@ def panels(self:Basis): # yields (first column, (columns, n) tensor in the dtype
         step = len(rows) if direct else max(1, PANEL//(self.n*torch.finfo(self.dtype).bits//8))
         for i in range(0, len(rows), step): yield lo+i, rows[i:i+step].to(self.device, self.dtype, non_blocking=True)
 
-# %% ../nbs/19_basis.ipynb #44bfd24a
+# %% ../nbs/19_basis.ipynb #e3aa86a4
 @patch
 def append(self:Basis,
     X:Tensor, # (n, b) orthonormal columns, orthogonal to the basis
@@ -104,11 +104,26 @@ def columns(self:Basis,
     "Some columns, as the arithmetic sees them"
     return torch.cat([r.to(self.device, self.dtype).T/self.scale for _,r in self._rows(lo, hi)] or [torch.empty(self.n, 0, dtype=self.dtype, device=self.device)], 1).contiguous()
 
+@patch(as_prop=True)
+def _thin(self:Basis): # panels would hold a few columns only, and all of W would be read for each
+    return self.device.type=='cpu' and self.lossy and not isinstance(self.place, Path) and PANEL//(self.n*torch.finfo(self.dtype).bits//8)<min(64, self.size)
+
+@patch
+def _sweep(self:Basis, m): # yields (first row, last row, (m, rows) tensor): the first m columns, times scale, in a buffer that is used again
+    "The basis strip by strip of rows, all columns of a row at once"
+    width = max(1, PANEL//(max(1, m)*torch.finfo(self.dtype).bits//8))
+    buffer = torch.empty(m, width, dtype=self.dtype, device=self.device)
+    for c in range(0, self.n, width):
+        strip = buffer[:,:min(width, self.n-c)]
+        for a,r in self._rows(0, m): strip[a:a+len(r)] = r[:,c:c+width]
+        yield c, c+strip.shape[1], strip
+
 @patch
 def dot(self:Basis,
     W:Tensor, # (n, b)
 )->Tensor: # (size, b) float64 on the CPU
     "QᵀW"
+    if self._thin: return sum((P @ W[lo:hi]).double() for lo,hi,P in self._sweep(self.size))/self.scale
     return (torch.cat([P @ W for _,P in self.panels()] or [W.new_zeros(0, W.shape[1])])/self.scale).double().cpu()
 
 # %% ../nbs/19_basis.ipynb #d590ffd5
@@ -120,15 +135,19 @@ def rows(self:Basis,
     out = [r[:,idx.to(r.device)].to(torch.float64).T.cpu()/self.scale for _,r in self._rows(0, self.size)]
     return torch.cat(out, 1) if out else torch.empty(len(idx), 0, dtype=torch.float64)
 
-# %% ../nbs/19_basis.ipynb #bdfb4a65
+# %% ../nbs/19_basis.ipynb #2637361c
 @patch
 def _pass(self:Basis, W):
-    "W − QQᵀW and QᵀW, reading the basis once"
-    rest,C = W.clone(),[]
+    "W − QQᵀW and QᵀW, reading the basis once where it can; columns lie contiguous in memory, which such thin products are fastest for"
+    rest,C = W.T.clone(memory_format=torch.contiguous_format),[]
+    if self._thin: # reads it twice, in strips
+        C = self.dot(rest.T).to(W.dtype)
+        for lo,hi,P in self._sweep(self.size): rest[:,lo:hi].addmm_(C.T, P, alpha=-1/self.scale)
+        return rest.T, C
     for _,P in self.panels():
-        C.append((P @ W)/self.scale)
-        rest.addmm_(P.T, C[-1], alpha=-1/self.scale)
-    return rest, torch.cat(C or [W.new_zeros(0, W.shape[1])])
+        C.append((P @ rest.T)/self.scale)
+        rest.addmm_(C[-1].T, P, alpha=-1/self.scale)
+    return rest.T, torch.cat(C or [W.new_zeros(0, W.shape[1])])
 
 @patch
 def project_out(self:Basis,
@@ -140,7 +159,7 @@ def project_out(self:Basis,
     if near is not None and near<self.size:
         X = self.columns(near, self.size)
         C = X.T @ W
-        W = W - X @ C
+        W = (W.T - C.T @ X.T).T
         C = C.double().cpu()
         if self.lossy: total = self.gram[:,near:] @ C
         else: total[near:] = C
@@ -150,13 +169,16 @@ def project_out(self:Basis,
         if not (C.norm(dim=0)>.1*W.norm(dim=0)).any(): break
     return W, total
 
-# %% ../nbs/19_basis.ipynb #8672bb9f
+# %% ../nbs/19_basis.ipynb #3e0e223f
 @patch
 def combine(self:Basis,
     F:Tensor, # (m, k) coefficients of the first m columns, m ≤ size
 )->Tensor: # (n, k) in the dtype and on the device of the arithmetic
     "QF"
     out = torch.zeros(F.shape[1], self.n, dtype=self.dtype, device=self.device)
+    if self._thin and len(F):
+        for lo,hi,P in self._sweep(len(F)): torch.mm((F.T/self.scale).to(self.dtype), P, out=out[:,lo:hi])
+        return out.T
     for lo,P in self.panels():
         C = F[lo:lo+len(P)].to(self.device, self.dtype)/self.scale
         if len(C): out.addmm_(C.T, P[:len(C)])
