@@ -21,12 +21,12 @@ from torch import nn
 from torch.nn import functional as F
 from hessian_overlap import FunctionLinearOperator, HessianLinearOperator, magnitude_order, overlap_slq, random_order
 from hessian_overlap.krylov import BlockLanczos
-from hessian_overlap.masked_start import overlap_slq_masked
+from hessian_overlap.masked_start import ShortLanczos, overlap_slq_masked
 from hessian_overlap.masks import partition
 from hessian_overlap.models import cifar10_3c3d, seeded
 
 SHARES = (.001, .01, .05, .2)
-NETWORKS = {'3c3d': dict(train_steps=4000, batch=128, lr=.0226105, samples=500, probes=8, steps=80),
+NETWORKS = {'3c3d': dict(train_steps=4000, batch=128, lr=.0226105, samples=500, probes=4, steps=80),
             'transformer_10m': dict(width=384, layers=6, heads=6, train_steps=600, batch=16, lr=1e-3, samples=8, probes=4, steps=80),
             'transformer_100m': dict(width=1024, layers=8, heads=16, train_steps=300, batch=8, lr=3e-4, samples=4, probes=2, steps=24)}
 LENGTH = 128 # characters of a sequence
@@ -85,7 +85,7 @@ def train_transformer(a, cfg):
     "Model, Hessian data and what is to be said of the training"
     ids, alphabet, source = read_text(a.text)
     cut = len(ids)*9//10; train, test = ids[:cut], ids[cut:]
-    model, start, began = transformer(len(alphabet), cfg['width'], cfg['layers'], cfg['heads']).to(a.device), 0, time.perf_counter()
+    model, began = transformer(len(alphabet), cfg['width'], cfg['layers'], cfg['heads']).to(a.device), time.perf_counter()
     file = a.work and a.work/f'{a.network}_trained.pt'
     hx, hy = sequences(test, range(0, len(test) - LENGTH - 1, LENGTH), LENGTH); hx, hy = hx.to(a.device), hy.to(a.device)
     def held_out():
@@ -95,7 +95,7 @@ def train_transformer(a, cfg):
     else:
         steps = a.train_steps or cfg['train_steps']
         opt = torch.optim.AdamW(model.parameters(), lr=cfg['lr'], betas=(.9, .95), weight_decay=.01, foreach=False)
-        for t in range(start, steps):
+        for t in range(steps):
             for g in opt.param_groups: g['lr'] = cfg['lr']*min(1, (t + 1)/50)*(.1 + .9*(1 - t/steps))
             x, y = sequences(train, rng.integers(0, len(train) - LENGTH - 1, cfg['batch']), LENGTH)
             with torch.autocast(a.device, torch.bfloat16): loss = F.cross_entropy(model(x.to(a.device)).float(), y.to(a.device))
@@ -195,11 +195,10 @@ def stored_basis(a, cfg, H, model, n):
 
 def three_blocks(a, cfg, H, model, n):
     "A few k in the memory of three blocks"
-    probes, steps = cfg['probes'] if a.network == 'transformer_100m' else 2, a.masked_steps or (cfg['steps'] if a.network == 'transformer_100m' else 32)
-    ks, spent, began = torch.tensor([round(s*n) for s in SHARES]), [], time.perf_counter()
-    order = magnitude_order(model)
+    alone = a.network == 'transformer_100m'
+    probes, steps = cfg['probes'] if alone else 2, a.masked_steps or (cfg['steps'] if alone else 32)
+    ks, order, spent, began = torch.tensor([round(s*n) for s in SHARES]), magnitude_order(model), [], time.perf_counter()
     B, file = timed(H, spent), a.work and a.work/f"{a.network}{'_initial'*a.initial}_blocks.pt"
-    from hessian_overlap.masked_start import ShortLanczos
     state = ShortLanczos.load(file, B) if file and file.exists() else ShortLanczos(B, order, ks, num_probes=probes, seed=0)
     done, steps = state.steps, max(steps, state.steps)
     while state.steps < steps:
@@ -222,7 +221,7 @@ def main():
     ap.add_argument('--basis', default='bfloat16', choices=('bfloat16', 'float16', 'float32')); ap.add_argument('--both', action='store_true')
     ap.add_argument('--initial', action='store_true', help='3c3d before training')
     ap.add_argument('--device', default='cpu'); ap.add_argument('--train-only', action='store_true'); ap.add_argument('--out', type=Path)
-    a, cfg = (a := ap.parse_args()), NETWORKS[a.network]
+    a = ap.parse_args(); cfg = NETWORKS[a.network]
     torch.set_num_threads(a.threads or os.cpu_count())
     if a.work: a.work.mkdir(parents=True, exist_ok=True)
     model, data, training, what = (train_3c3d if a.network == '3c3d' else train_transformer)(a, cfg)

@@ -92,12 +92,12 @@ def _size(self:CurvatureOperator, batch, out):
 @patch
 def _check(self:CurvatureOperator, batch, out): "What a subclass demands of a batch"
 
-# %% ../nbs/12_curvature.ipynb #6e2534fe
+# %% ../nbs/12_curvature.ipynb #940cc565
 @patch
 def _pass(self:CurvatureOperator):
     "One evaluation of all batches: losses, normalisers, bytes and some entries of each gradient; and the sum of the gradients times normalisers"
     losses,norms,sizes,some,theta = [],[],[],[],self.theta.requires_grad_()
-    total,entries = torch.zeros_like(theta),torch.linspace(0, len(theta)-1, min(1000, len(theta)), device=self.device).long()
+    total,entries = torch.zeros_like(theta),torch.linspace(0, len(theta)-1, min(1000, len(theta)), dtype=torch.float64, device=self.device).long()
     for b,batch in enumerate(self._batches()):
         wrong = [t.dtype for t in _tensors(batch[0]) if t.is_floating_point() and t.dtype!=self.dtype] if _is_pair(batch) else []
         if wrong: raise TypeError(f'the data is {wrong[0]}, the parameters are {self.dtype}: cast one of them')

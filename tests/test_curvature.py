@@ -643,3 +643,9 @@ def test_a_linear_strategy_that_is_wrong_is_refused(Op):
     for strategy in ('linear', 'linear-batched'):
         for data in ([(x, y)], [(x[:5], y[:5]), (x[5:], y[5:])]):
             with pytest.raises(NotImplementedError, match='detaches'): Op(model, loss, None, data, strategy=strategy) @ V
+
+def test_more_parameters_than_float32_can_count():
+    net = nn.Linear(4096, 4097, bias=False); x = torch.zeros(2, 4096); x[0, 5] = x[1, -1] = 1
+    H = HessianLinearOperator(net, nn.MSELoss(reduction='sum'), None, [(x, torch.zeros(2, 4097))], strategy='single')
+    v = torch.zeros(H.shape[0]); v[5] = v[-1] = 1 # the last index is one that float32 rounds up
+    w = H @ v; assert H.shape[0] - 1 > 2**24 and w[5] == 2 and w[-1] == 2 and w.abs().sum() == 4
