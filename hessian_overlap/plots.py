@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from .record import OverlapRecord
 
-# %% ../nbs/50_plots.ipynb #3ea54c6b
+# %% ../nbs/50_plots.ipynb #bdbbbd81
 LOOKS = dict(magnitude=dict(color="#0072B2", ls="-", lw=2.2), best=dict(color="#009E73", ls="--"), random=dict(color="#E69F00", ls="-."),
              layerwise=dict(color="#CC79A7", ls=(0, (5, 1, 1, 1, 1, 1))), other=dict(color="#56B4E9", ls=(0, (1, 1))),
              train=dict(color="#0072B2", ls="-", marker="o"), test=dict(color="#D55E00", ls="--", marker="s"),
@@ -38,13 +38,13 @@ def _interval(ax, x, y, interval, look, label="95% interval"):
     if interval is None: return
     low, high, trusted = interval
     ax.fill_between(x, low, high, color=look["color"], alpha=.25, lw=0, label=label)
-    if not trusted.all(): ax.plot(x[~trusted], y[~trusted], ls="none", marker=look.get("marker", "o"), ms=7, mew=1.4, mec=look["color"], mfc=ax.get_facecolor(), zorder=3, label="not resolved")
+    if not trusted.all(): ax.plot(x[~trusted], y[~trusted], ls="none", marker=look.get("marker", "o"), ms=7, mew=1.4, mec=look["color"], mfc=ax.get_facecolor(), zorder=3, label=label and "not resolved")
 
 def _luminance(color): # relative luminance in [0, 1], as a grey print shows it
     lin = [c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4 for c in to_rgb(color)]
     return float(np.dot(lin, (.2126, .7152, .0722)))
 
-# %% ../nbs/50_plots.ipynb #2ee3f038
+# %% ../nbs/50_plots.ipynb #c33ea013
 def plot_overlap_over_training(
     record:OverlapRecord, # of a run
     k:int|None=None,      # mask size, one of record.ks; None for the largest
@@ -58,13 +58,13 @@ def plot_overlap_over_training(
     ax = _axes(ax)
     for s, y in ys.items():
         line, = ax.plot(record.steps, y, label=f"{s} Hessian", **LOOKS.get(s, dict(marker=".")))
-        if within[s] is not None: _interval(ax, record.steps, y, (*within[s][:2], within[s][2] > 0), dict(color=line.get_color(), marker=line.get_marker()), label=None)
+        if within[s] is not None: _interval(ax, record.steps, y, (*within[s][:2], within[s][2] > 0), dict(color=line.get_color(), marker=line.get_marker()), label=f"95% interval, {s}")
     _chance(ax, record.steps[[0, -1]], [record.chance[j]]*2, f"chance k/n = {record.chance[j]:.3g}")
     ax.set(xlabel="training step", ylabel=f"overlap at k = {k}", ylim=(0, None), title=f"{record.problem}: magnitude mask over training")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.legend()
     return ax
 
-# %% ../nbs/50_plots.ipynb #d6a62d9c
+# %% ../nbs/50_plots.ipynb #4dca1d11
 def plot_overlap_curve(
     record:OverlapRecord, # of a run
     step:int|None=None,   # a step of the record; None for the last
@@ -81,7 +81,7 @@ def plot_overlap_curve(
         ax.plot(ks, band.mean(0), label=f"{len(band)} random masks", **LOOKS["random"], **mark)
     _chance(ax, ks, record.chance)
     top = (record.best if "best" in record.masks else record.high[:, :, 0] if record.has_intervals else record.magnitude)[:, p].max()
-    ax.set(xlabel="mask size k", ylabel="overlap with the top-k eigenspace", xlim=(ks[0], max(ks[0] + 1, record.k)), ylim=(0, min(1, 1.1*top) or 1),
+    ax.set(xlabel="mask size k", ylabel="overlap with the top-k eigenspace", xlim=(1, max(2, record.k)) if record.every_size else (ks[0]/1.1, record.k*1.1), ylim=(0, min(1, 1.1*top) or 1),
            xscale="linear" if record.every_size else "log", title=f"{record.problem}: {split} Hessian at step {record.steps[i]}")
     ax.legend()
     return ax

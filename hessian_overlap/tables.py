@@ -14,7 +14,7 @@ from .overlap import _check_basis, _check_order
 
 # %% auto #0
 __all__ = ['grid', 'layer_table', 'best_table', 'leverage_var', 'chance_std', 'eigenspace_tables', 'quadrature_tables',
-           'cut_values']
+           'cut_nodes']
 
 # %% ../nbs/35_tables.ipynb #eb54fcc4
 def grid(
@@ -134,12 +134,13 @@ def quadrature_tables(
     layers,half = traces[:,:M]/small[:,:,None], _student(state.block_size-1)*se + 2*(traces-before).sum(-1).abs()
     return dict(table=layers.sum(-1).numpy(), half=(half[:,:M]/small).numpy(), layers=layers.numpy(), available=(traces[0,-1]/ranks[:,None]).numpy())
 
-# %% ../nbs/35_tables.ipynb #6df7b098
-def cut_values(
+# %% ../nbs/35_tables.ipynb #b4223b1d
+def cut_nodes(
     state:BlockLanczos, # info['state'] of overlap_slq
     ks, # (K,) ranks between 1 and n - 1, ascending
-)->np.ndarray: # (K,) float64; their magnitudes descend
-    "The eigenvalue, or the node that stands for some, at which k of the largest magnitude are counted"
+)->tuple[np.ndarray,np.ndarray]: # (K,) values, of descending magnitude, and (K,) counts over k, 0 for an eigenvalue
+    "The eigenvalue, or the node that stands for some, at which k of the largest magnitude are counted; and for what share of k a node stands"
     theta,_,W,E = _quadrature(state, state.size-state.newest)
-    f = _cuts(theta, torch.where(E, 1., W.square().mean(1)), torch.as_tensor(np.asarray(ks)))
-    return theta[torch.where(f>0, theta.abs()[:,None], torch.inf).argmin(0)].numpy()
+    counts,ks = torch.where(E, 1., W.square().mean(1)), torch.as_tensor(np.asarray(ks))
+    at = torch.where(_cuts(theta, counts, ks)>0, theta.abs()[:,None], torch.inf).argmin(0)
+    return theta[at].numpy(), torch.where(E[at], 0., counts[at]/ks).numpy()

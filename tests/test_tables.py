@@ -1,7 +1,7 @@
 "Tables: against the definitions, for every dtype, mask size and rank."
 import numpy as np, pytest, torch, warnings
 from hessian_overlap import Mask, Partition, best_order, mask_overlap, overlap_record, random_order
-from hessian_overlap.tables import best_table, chance_std, cut_values, eigenspace_tables, grid, layer_table, leverage_var, quadrature_tables
+from hessian_overlap.tables import best_table, chance_std, cut_nodes, eigenspace_tables, grid, layer_table, leverage_var, quadrature_tables
 
 
 def space(n, k, dtype=torch.float64): return torch.linalg.qr(torch.randn(n, k, dtype=dtype, generator=torch.Generator().manual_seed(n + k))).Q
@@ -63,4 +63,4 @@ def test_without_eigenvectors(dtype, basis):
         np.testing.assert_allclose(np.array(half)[free], ((est[name].high - est[name].low)/2)[free], rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(t["table"][:, -1], 1, atol=tol); np.testing.assert_allclose(t["available"], want["available"], atol=.02); np.testing.assert_allclose(t["layers"].sum(-1), t["table"])
     np.testing.assert_allclose(quadrature_tables(state, orders, parts, sizes[:3], ranks)["available"], t["available"])   # whatever sizes are asked for
-    cuts = cut_values(state, ks); np.testing.assert_allclose(abs(cuts), lam.abs().sort(descending=True).values[ks - 1].numpy(), rtol=.05); assert (np.diff(abs(cuts)) <= 0).all() and np.sign(cuts[0]) == np.sign(lam[lam.abs().argsort(descending=True)[4]].item())
+    cuts, share = cut_nodes(state, ks); assert share[0] == 0 and (0 < share[2:]).all() and (share < .2).all(); np.testing.assert_allclose(abs(cuts), lam.abs().sort(descending=True).values[ks - 1].numpy(), rtol=.05); assert (np.diff(abs(cuts)) <= 0).all() and np.sign(cuts[0]) == np.sign(lam[lam.abs().argsort(descending=True)[4]].item())
