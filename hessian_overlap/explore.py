@@ -236,7 +236,7 @@ def _scale(self:OverlapExplorer, tied):
     high = min(1, 1.05*max(a.max(initial=0) for a in tops)) or 1 if tied else 1.02
     for a in (left, right): a.set_ylim(0, high)
 
-# %% ../nbs/51_explore.ipynb #ef7031e9
+# %% ../nbs/51_explore.ipynb #7ee18370
 @patch
 def state(self:OverlapExplorer)->dict: # x, curves, chance, std, value, within, ...: what the panels show
     "The numbers behind the figure, at the positions of the controls"
@@ -249,8 +249,9 @@ def state(self:OverlapExplorer)->dict: # x, curves, chance, std, value, within, 
     else:
         x, cells = r.sizes, {o: r.cell(o, m, q) for o in r.orders}; curves = {o: r.overlaps[i, p, c[0], :, c[2]] for o, c in cells.items()}
         o, at, j = cells[mask]; over = r.overlaps[:, p, o, at, j]; std = r.chance_std(x, q, step, split)
-        if r.half is not None:
-            within, over_within = ((np.clip(y - h, 0, 1), np.clip(y + h, 0, 1), h < 1) for y, h in ((curves[mask], r.half[i, p, o, :, j]), (over, r.half[:, p, o, at, j])))
+        if r.half is not None:   # whether the cut at this rank is resolved does not depend on the mask
+            sure = r.trusted[:, p, 0, r.place(q)]; pairs = (curves[mask], r.half[i, p, o, :, j], sure[i]), (over, r.half[:, p, o, at, j], sure)
+            within, over_within = ((np.clip(y - h, 0, 1), np.clip(y + h, 0, 1), np.broadcast_to(ok, h.shape)) for y, h, ok in pairs)
     chance = np.maximum(x, x if tied else q)/r.n; value = curves[mask][at]
     s = dict(i=i, p=p, m=m, q=q, x=x, curves=curves, over=over, chance=chance, std=std, value=value, level=chance[at], at=at, within=within, over_within=over_within, z=None, layers=None, cell=None)
     if r.has_tables:
@@ -259,7 +260,7 @@ def state(self:OverlapExplorer)->dict: # x, curves, chance, std, value, within, 
         s["cell"] = cell = r.cell(mask, near(r.sizes, m), near(r.ranks, q)); s["layers"] = layer_bars(r, i, p, *cell)
     return s
 
-# %% ../nbs/51_explore.ipynb #fd754fd2
+# %% ../nbs/51_explore.ipynb #66b21b22
 @patch
 def draw(self:OverlapExplorer):
     "Move the artists to the state of the controls, render them into `.image`, and say the numbers in `.label`"
@@ -277,7 +278,7 @@ def draw(self:OverlapExplorer):
     if r.has_tables: self._draw_tables(s)
     free = f"{s['m']}, rank {s['q']}"
     titles = [f"{r.problem}, {split} Hessian, step {step}", f"{mask} mask at k = {s['m']}" if self.tied.value else f"{mask} mask at m = {free}",
-              f"cut at |λ| = {abs(lam[j]):.3g}" + (f"; {int((lam[:j + 1] < 0).sum())} of {s['q']} negative" if r.every_size else f" of {s['q']}")]
+              f"cut at |λ| = {abs(lam[j]):.3g}" + (f"; {int((lam[:j + 1] < 0).sum())} of {s['q']} negative" if r.every_size else f", k = {s['q']}")]
     if r.has_tables: titles += [f"overlap of the {mask} mask", f"layers at m = {r.sizes[s['cell'][1]]}, r = {r.ranks[s['cell'][2]]}"]
     for t, said in zip(self._titles, titles): t.set_text(said)
     slow = [self._titles[0], self._titles[3], self._band, *([self._within, self._unsure] if r.has_intervals else []), *self._curves.values(), self._chance, *self._signs.values(), *([self._heat] if r.has_tables else [])]

@@ -103,7 +103,7 @@ def masks(self:OverlapRecord)->tuple: # names
     "What `curve` knows"
     return ("magnitude", *("best",)*(not np.isnan(self.best).all()), *("random",)*bool(self.random.shape[2]), *self.extra_orders)
 
-# %% ../nbs/40_record.ipynb #95860821
+# %% ../nbs/40_record.ipynb #9e829317
 def _check(r):
     "Check and freeze the fields of a record; RecordError names the first that does not fit"
     for name in ("splits", "orders", "layer_names"): object.__setattr__(r, name, tuple(getattr(r, name)))
@@ -113,6 +113,7 @@ def _check(r):
         there = [getattr(r, o) is not None for o in group]
         if any(there) != all(there): raise RecordError(f"a record has all of its {what} or none; {[*group][there.index(False)]} is missing")
         if all(there): arrays |= group
+    if r.half is not None and not (r.has_tables and r.has_intervals): raise RecordError("half is of the tables of an estimate; tables or intervals are missing")
     for name, (shape, dtype) in arrays.items():
         a = np.array(getattr(r, name), dtype=dtype, order="C")
         dims = shape.split()

@@ -171,6 +171,7 @@ def test_estimates_say_their_interval_and_where_they_have_none(tmp_path):
     e.mask.value = "random"; assert "an estimate; intervals are known for single orderings, not for a mean" in e.label.value and "resolved" not in e.csv() and not len(e._unsure.get_xdata())
     e.tied.value, e.mask.value = False, "magnitude"; e.size.value, e.rank.value = 600, 40; v = r.overlaps[r.at()][r.cell("magnitude", 600, 40)]
     assert f"overlap {v:.4f}</b> (95% interval {max(0, v - .05):.4f} to {min(1, v + .05):.4f})" in e.label.value and e.known.layout.display == "none" and not e.message.value
+    e.rank.value = 600; assert "not resolved" in e.label.value and (e._unsure.get_xdata() == r.sizes).all()   # as the cut at 600 is not
     e.tied.value = True; assert e.known.layout.display is None and "95% interval" in e.label.value
     for kind in ("png", "pdf", "csv", "code"): e.buttons[kind].click(); assert not e.message.value
     exec(e.code(), {}); plt.close("all")

@@ -186,7 +186,7 @@ def test_some_mask_sizes():
 
 
 @pytest.mark.parametrize("change, says", [(dict(ks=[3, 10, 40, 150, 601]), "expected k = 600 at the end, got .40, 150, 601"), (dict(ks=[0, 10, 40, 150, 600]), "ascend from 1"), (dict(ks=[3, 40, 10, 150, 600]), "ascend"),
-    (dict(ks=KS[1:]), "expected K = 4"), (dict(ks=None), "expected K = 600"), (dict(low=None), "all of its intervals or none; low is missing"), (dict(high=np.zeros((3, 2, 1, 5))), "J = 2"), (dict(k=150), "expected k = 150"), (dict(half=np.zeros((3, 2, 3, 1, 1))), "half has shape")], ids=str)
+    (dict(ks=KS[1:]), "expected K = 4"), (dict(ks=None), "expected K = 600"), (dict(low=None), "all of its intervals or none; low is missing"), (dict(high=np.zeros((3, 2, 1, 5))), "J = 2"), (dict(k=150), "expected k = 150"), (dict(half=np.zeros((3, 2, 3, 1, 1))), "half has shape"), (dict(low=None, high=None, trusted=None), "half is of the tables of an estimate")], ids=str)
 def test_mask_sizes_that_do_not_fit(change, says):
     with pytest.raises(RecordError, match=says) as e: replace(made_up(ks=KS, tables=True), **change)
     assert "\n" not in str(e.value)
