@@ -142,6 +142,13 @@ def test_quadrature_is_resumed_with_the_same_numbers(tmp_path, monkeypatch):
         assert "\n" not in str(e.value)
 
 
+def test_a_run_that_an_earlier_version_began_is_resumed(tmp_path):
+    "Whose settings do not have the names of quadrature"
+    full = run_overlap(own(), **ASK, out=tmp_path); (tmp_path/"record.json").unlink(); (tmp_path/"parts"/"step000005_test.npz").unlink(); f = tmp_path/"settings.json"
+    was = json.loads(f.read_text()); f.write_text(json.dumps({k: v for k, v in was.items() if k not in ("num_probes", "num_steps", "ks")})); assert len(was) > len(json.loads(f.read_text()))
+    assert compare(run_overlap(own(), **ASK, out=tmp_path), full) == {}
+
+
 def test_a_part_of_another_method_does_not_pass(tmp_path):
     s = WIDE | dict(k=60); full = quiet(run_overlap, wide(), **s, out=tmp_path/"slq"); run_overlap(wide(), **{k: v for k, v in s.items() if k not in ("method", "num_probes", "num_steps")}, out=tmp_path/"eigsh")
     (tmp_path/"slq"/"record.json").unlink(); f = "parts/step000005_test.npz"; (tmp_path/"slq"/f).write_bytes((tmp_path/"eigsh"/f).read_bytes())
