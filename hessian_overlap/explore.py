@@ -106,7 +106,7 @@ def save(self:Explorer,
     path.write_bytes(self.csv().encode() if kind == "csv" else self.figure(kind))
     return path
 
-# %% ../nbs/51_explore.ipynb #5ab73b36
+# %% ../nbs/51_explore.ipynb #ba2509f0
 class OverlapExplorer(Explorer):
     "Widgets over a record: `.k` or `.size` and `.rank`, `.step` `.split` `.mask` drive `.image` and `.label`"
     def __init__(self,
@@ -114,7 +114,7 @@ class OverlapExplorer(Explorer):
         source:str="record",  # Python that gives the record, for the exported code
     ):
         self.k = control(W.IntSlider, "mask size k", "How many parameters the mask keeps, and how many eigenvectors it is compared with", min=1, max=1)
-        self.known = control(W.SelectionSlider, "estimated size k", "How many parameters the mask keeps, and how many eigenvectors it is compared with: the sizes that were estimated", options=[1])
+        self.known = control(W.SelectionSlider, "known size k", "How many parameters the mask keeps, and how many eigenvectors it is compared with: the sizes that were estimated", options=[1])
         self.size = control(W.SelectionSlider, "mask size m", "How many parameters the mask keeps", options=[1])
         self.rank = control(W.SelectionSlider, "rank r", "How many eigenvectors it is compared with", options=[1])
         self.step = control(W.SelectionSlider, "training step", "Training step at which the Hessian was taken", options=[0])
