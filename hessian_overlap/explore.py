@@ -106,7 +106,7 @@ def save(self:Explorer,
     path.write_bytes(self.csv().encode() if kind == "csv" else self.figure(kind))
     return path
 
-# %% ../nbs/51_explore.ipynb #745a7fce
+# %% ../nbs/51_explore.ipynb #ba2509f0
 class OverlapExplorer(Explorer):
     "Widgets over a record: `.k` or `.size` and `.rank`, `.step` `.split` `.mask` drive `.image` and `.label`"
     def __init__(self,
@@ -114,6 +114,7 @@ class OverlapExplorer(Explorer):
         source:str="record",  # Python that gives the record, for the exported code
     ):
         self.k = control(W.IntSlider, "mask size k", "How many parameters the mask keeps, and how many eigenvectors it is compared with", min=1, max=1)
+        self.known = control(W.SelectionSlider, "known size k", "How many parameters the mask keeps, and how many eigenvectors it is compared with: the sizes that were estimated", options=[1])
         self.size = control(W.SelectionSlider, "mask size m", "How many parameters the mask keeps", options=[1])
         self.rank = control(W.SelectionSlider, "rank r", "How many eigenvectors it is compared with", options=[1])
         self.step = control(W.SelectionSlider, "training step", "Training step at which the Hessian was taken", options=[0])
@@ -121,17 +122,18 @@ class OverlapExplorer(Explorer):
         self.mask = control(W.Dropdown, "mask", "How the parameters are chosen: largest magnitude, best possible, at random, or by an ordering of yours")
         self.tied = control(W.Checkbox, "size = rank", "Compare k parameters with k eigenvectors, as the paper does", value=True, indent=True)
         self.run = control(W.Text, "open a run", "Folder of another finished run; press Enter", placeholder="runs/mnist_mini", continuous_update=False)
-        self.controls = [self.k, self.size, self.rank, self.step, self.split, self.mask]
+        self.controls = [self.k, self.known, self.size, self.rank, self.step, self.split, self.mask]
         self._begin([*self.controls, self.tied, self.run]); self.quiet = True
         for c in self.controls: c.observe(lambda change: self.quiet or self.guard(self.draw), names="value")
         self.tied.observe(lambda change: self.quiet or self.guard(self._free), names="value")
         self.run.observe(lambda change: change["new"] and self.guard(self.open, change["new"]), names="value")
         self.show(record, source)
     def __repr__(self):
-        at = f"k={self.k.value}" if self.tied.value else f"size={self.size.value}, rank={self.rank.value}"
+        at = f"k={self._k()}" if self.tied.value else f"size={self.size.value}, rank={self.rank.value}"
         return f"OverlapExplorer({self.record.problem}, {at}, step={self.step.value}, split={self.split.value}, mask={self.mask.value})"
+    def _k(self): return (self.k if self.record.every_size else self.known).value
 
-# %% ../nbs/51_explore.ipynb #00502573
+# %% ../nbs/51_explore.ipynb #5e46c4c6
 @patch
 def show(self:OverlapExplorer,
     record:OverlapRecord, # another one
@@ -140,6 +142,7 @@ def show(self:OverlapExplorer,
     "Show a record; controls that have no meaning in it are set anew"
     self.record, self.source, self.quiet, r = record, source, True, record
     self.k.max = r.k; self.k.value = r.k
+    self.known.options = [r.k] if r.every_size else r.ks.tolist(); self.known.value = r.k
     self.tied.value = True; self.tied.disabled = not r.has_tables
     if r.has_tables:
         for c, v in ((self.size, r.sizes), (self.rank, r.ranks)): c.options = v.tolist(); c.value = r.k
@@ -159,12 +162,12 @@ def open(self:OverlapExplorer,
 @patch
 def _free(self:OverlapExplorer):
     "One slider or two, and the axes that go with them"
-    tied = self.tied.value
-    for c, on in ((self.k, tied), (self.size, not tied), (self.rank, not tied)): c.layout.display = None if on else "none"
+    tied, every = self.tied.value, self.record.every_size
+    for c, on in ((self.k, tied and every), (self.known, tied and not every), (self.size, not tied), (self.rank, not tied)): c.layout.display = None if on else "none"
     with mpl.style.context("default"): self._scale(tied)
     self.stage(self._moving); self.draw()
 
-# %% ../nbs/51_explore.ipynb #62cb8029
+# %% ../nbs/51_explore.ipynb #ac1d2bbe
 @patch
 def _setup(self:OverlapExplorer):
     "Make the figure and its artists"
@@ -183,8 +186,11 @@ def _setup(self:OverlapExplorer):
 
 @patch
 def _setup_curves(self:OverlapExplorer, r, left, right):
-    text = "0.15"; looks = {m: LOOKS.get(m, LOOKS["other"]) for m in r.masks}; self._looks = looks
-    self._band = left.fill_between([1, 2], [0, 0], [0, 0], color="0.75", lw=0, alpha=.6, label="chance ± 2 deviations" if r.has_tables else None)
+    text = "0.15"; looks = {m: LOOKS.get(m, LOOKS["other"]) for m in r.masks}; self._looks = looks; flat = lambda ax, **kw: ax.fill_between([1, 2], [0, 0], [0, 0], lw=0, **kw)
+    self._band = flat(left, color="0.75", alpha=.6, label="chance ± 2 deviations" if r.chance_std(1, r.ks[0]) is not None else None)
+    if r.has_intervals:
+        self._within, self._over_within = flat(left, alpha=.25, label="95% interval"), flat(right, alpha=.25)
+        self._unsure = left.plot([1], [np.nan], ls="none", marker="o", ms=6, mfc="white", zorder=3, label="not resolved" if not r.trusted.all() else None)[0]
     self._curves = {m: left.plot([1], [np.nan], label=f"{m} mask" + "s (mean)"*(m == "random"), **looks[m])[0] for m in r.masks}
     self._chance = left.plot([1], [0], ls=":", lw=1.6, color=text, label="chance")[0]
     self._cut = left.axvline(1, color=text, lw=1); dot = dict(marker="o", ls="none", ms=9, mec=text, mew=1.5, zorder=5)
@@ -193,17 +199,19 @@ def _setup_curves(self:OverlapExplorer, r, left, right):
     self._over = right.plot(r.steps, r.steps*np.nan, marker=".", lw=1.6)[0]; self._over_dot = right.plot([0], [0], **dot)[0]
     self._level = right.axhline(0, ls=":", lw=1.6, color=text)
     right.set(xlabel="training step", xlim=_margin(r.steps)); right.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    self._moving += [self._band, *self._curves.values(), self._chance, self._cut, self._dot, self._level, self._over, self._over_dot]
+    self._moving += [self._band, *([self._within, self._over_within] if r.has_intervals else []), *self._curves.values(), *([self._unsure] if r.has_intervals else []),
+                     self._chance, self._cut, self._dot, self._level, self._over, self._over_dot]
 
 def _margin(steps): pad = max(1, .04*(steps[-1] - steps[0])); return steps[0] - pad, steps[-1] + pad
 
-# %% ../nbs/51_explore.ipynb #fe7c1c24
+# %% ../nbs/51_explore.ipynb #f2693472
 @patch
 def _setup_spectrum(self:OverlapExplorer, r, ax):
     self._signs = {s: ax.plot([], [], ls="none", ms=2.5 if s == "positive" else 3.5, mew=.6, label=s, **LOOKS[s])[0] for s in ("positive", "negative")}
     self._level_cut, self._rank_cut = ax.axhline(1, color="0.15", ls="--", lw=1), ax.axvline(1, color="0.15", lw=1)
     size = np.abs(r.eigvals[r.eigvals != 0]); high, low = (size.max(), size.min()) if size.size else (1, .1)
-    ax.set(yscale="log", ylim=(low/1.5, high*1.5), xlim=(0, r.k + 1), xlabel="rank", ylabel="|λ|"); ax.legend(fontsize=7.5, loc="upper right")
+    span = dict(xlim=(0, r.k + 1), xlabel="rank", ylabel="|λ|") if r.every_size else dict(xscale="log", xlim=(r.ks[0]*.8, r.k*1.25), xlabel="k", ylabel="|λ| that k exceed")
+    ax.set(yscale="log", ylim=(low/1.5, high*1.5), **span); ax.legend(fontsize=7.5, loc="upper right")
     self._moving += [*self._signs.values(), self._level_cut, self._rank_cut]
 
 @patch
@@ -222,31 +230,37 @@ def _setup_tables(self:OverlapExplorer, r, table, layers):
 def _scale(self:OverlapExplorer, tied):
     "Limits of the two upper panels: all sizes up to k, or up to n"
     r, left, right = self.record, self._left, self._right
-    left.set(xscale="linear" if tied else "log", xlim=(1, max(2, r.k)) if tied else (r.sizes[0]*.9, max(r.n, 2)*1.05), xlabel="mask size k = rank" if tied else "mask size m")
-    high = min(1, 1.05*max(r.best.max(), r.extra.max(initial=0) if r.has_tables else 0)) or 1 if tied else 1.02
+    span = (r.sizes[0]*.9, max(r.n, 2)*1.05) if not tied else (1, max(2, r.k)) if r.every_size else (r.ks[0]*.9, r.k*1.1)
+    left.set(xscale="linear" if tied and r.every_size else "log", xlim=span, xlabel="mask size k = rank" if tied else "mask size m")
+    tops = [r.best if "best" in r.masks else r.magnitude, *([r.extra] if r.has_tables else []), *([r.high] if r.has_intervals else [])]
+    high = min(1, 1.05*max(a.max(initial=0) for a in tops)) or 1 if tied else 1.02
     for a in (left, right): a.set_ylim(0, high)
 
-# %% ../nbs/51_explore.ipynb #d409f159
+# %% ../nbs/51_explore.ipynb #7ee18370
 @patch
-def state(self:OverlapExplorer)->dict: # x, curves, chance, std, value, at: what the panels show
+def state(self:OverlapExplorer)->dict: # x, curves, chance, std, value, within, ...: what the panels show
     "The numbers behind the figure, at the positions of the controls"
     r, step, split, mask, tied = self.record, self.step.value, self.split.value, self.mask.value, self.tied.value
-    i, p = r.at(step, split); m, q = (self.k.value,)*2 if tied else (self.size.value, self.rank.value)
+    i, p = r.at(step, split); m, q = (self._k(),)*2 if tied else (self.size.value, self.rank.value); within = over_within = None
     if tied:
-        x = np.arange(1, r.k + 1); curves = {o: r.curve(o, step, split) for o in r.masks}; over = np.array([r.curve(mask, s, split)[m - 1] for s in r.steps])
-        std, at = r.chance_std(x, x, step, split), m - 1
+        x, at = r.ks, r.place(m); curves = {o: r.curve(o, step, split) for o in r.masks}; over = np.array([r.curve(mask, s, split)[at] for s in r.steps])
+        std, within = r.chance_std(x, x, step, split), r.interval(mask, step, split)
+        if within: over_within = np.array([[end[at] for end in r.interval(mask, s, split)] for s in r.steps]).T
     else:
         x, cells = r.sizes, {o: r.cell(o, m, q) for o in r.orders}; curves = {o: r.overlaps[i, p, c[0], :, c[2]] for o, c in cells.items()}
         o, at, j = cells[mask]; over = r.overlaps[:, p, o, at, j]; std = r.chance_std(x, q, step, split)
+        if r.half is not None:   # whether the cut at this rank is resolved does not depend on the mask
+            sure = r.trusted[:, p, 0, r.place(q)]; pairs = (curves[mask], r.half[i, p, o, :, j], sure[i]), (over, r.half[:, p, o, at, j], sure)
+            within, over_within = ((np.clip(y - h, 0, 1), np.clip(y + h, 0, 1), np.broadcast_to(ok, h.shape)) for y, h, ok in pairs)
     chance = np.maximum(x, x if tied else q)/r.n; value = curves[mask][at]
-    s = dict(i=i, p=p, m=m, q=q, x=x, curves=curves, over=over, chance=chance, std=std, value=value, level=chance[at], z=None, layers=None, cell=None)
+    s = dict(i=i, p=p, m=m, q=q, x=x, curves=curves, over=over, chance=chance, std=std, value=value, level=chance[at], at=at, within=within, over_within=over_within, z=None, layers=None, cell=None)
     if r.has_tables:
-        s["z"] = (value - chance[at])/std[at] if std[at] > 1e-9 else None
+        s["z"] = (value - chance[at])/std[at] if std is not None and std[at] > 1e-9 else None
         near = lambda grid, v: int(grid[np.abs(grid - v).argmin()])
         s["cell"] = cell = r.cell(mask, near(r.sizes, m), near(r.ranks, q)); s["layers"] = layer_bars(r, i, p, *cell)
     return s
 
-# %% ../nbs/51_explore.ipynb #3f9a4ab3
+# %% ../nbs/51_explore.ipynb #66b21b22
 @patch
 def draw(self:OverlapExplorer):
     "Move the artists to the state of the controls, render them into `.image`, and say the numbers in `.label`"
@@ -254,22 +268,32 @@ def draw(self:OverlapExplorer):
     for o, line in self._curves.items():
         line.set_data(s["x"], s["curves"].get(o, s["x"]*np.nan)); line.set_alpha(1 if o == mask else .4); line.set_linewidth(2.4 if o == mask else 1.2)
     self._chance.set_data(s["x"], s["chance"]); self._cut.set_xdata([s["m"]]*2); self._level.set_ydata([s["level"]]*2)
-    if s["std"] is not None:
-        lo, hi = s["chance"] - 2*s["std"], s["chance"] + 2*s["std"]
-        self._band.set_verts([np.column_stack([np.r_[s["x"], s["x"][::-1]], np.r_[lo, hi[::-1]]])])
+    if s["std"] is not None: _fill(self._band, s["x"], s["chance"] - 2*s["std"], s["chance"] + 2*s["std"])
+    if r.has_intervals: self._draw_intervals(s, look)
     self._over.set_data(r.steps, s["over"]); self._over.set_color(look["color"]); self._over.set_linestyle(look["ls"])
     for dot, x in ((self._dot, s["m"]), (self._over_dot, step)): dot.set_data([x], [s["value"]]); dot.set_color(look["color"]); dot.set_markeredgecolor("0.15")
-    lam = r.eigvals[s["i"], s["p"]]; rank = np.arange(1, r.k + 1)
-    for name, on in (("positive", lam > 0), ("negative", lam < 0)): self._signs[name].set_data(rank[on], np.abs(lam[on]))
-    self._level_cut.set_ydata([abs(lam[s["q"] - 1]) or np.nan]*2); self._rank_cut.set_xdata([s["q"]]*2)
+    lam, j = r.eigvals[s["i"], s["p"]], r.place(s["q"])
+    for name, on in (("positive", lam > 0), ("negative", lam < 0)): self._signs[name].set_data(r.ks[on], np.abs(lam[on]))
+    self._level_cut.set_ydata([abs(lam[j]) or np.nan]*2); self._rank_cut.set_xdata([s["q"]]*2)
     if r.has_tables: self._draw_tables(s)
     free = f"{s['m']}, rank {s['q']}"
     titles = [f"{r.problem}, {split} Hessian, step {step}", f"{mask} mask at k = {s['m']}" if self.tied.value else f"{mask} mask at m = {free}",
-              f"cut at |λ| = {abs(lam[s['q'] - 1]):.3g}; {int((lam[:s['q']] < 0).sum())} of {s['q']} negative"]
+              f"cut at |λ| = {abs(lam[j]):.3g}" + (f"; {int((lam[:j + 1] < 0).sum())} of {s['q']} negative" if r.every_size else f", k = {s['q']}")]
     if r.has_tables: titles += [f"overlap of the {mask} mask", f"layers at m = {r.sizes[s['cell'][1]]}, r = {r.ranks[s['cell'][2]]}"]
     for t, said in zip(self._titles, titles): t.set_text(said)
-    slow = [self._titles[0], self._titles[3], self._band, *self._curves.values(), self._chance, *self._signs.values(), *([self._heat] if r.has_tables else [])]
+    slow = [self._titles[0], self._titles[3], self._band, *([self._within, self._unsure] if r.has_intervals else []), *self._curves.values(), self._chance, *self._signs.values(), *([self._heat] if r.has_tables else [])]
     self.render(slow, (step, split, mask, "tied" if self.tied.value else s["q"])); self._say(s)
+
+# %% ../nbs/51_explore.ipynb #61f49de5
+def _fill(band, x, low, high): band.set_verts([np.column_stack([np.r_[x, x[::-1]], np.r_[low, high[::-1]]])])
+
+@patch
+def _draw_intervals(self:OverlapExplorer, s, look):
+    "The bands of an estimate, and hollow markers where it is not resolved; nothing where its mask has no interval"
+    none = np.zeros(0); low, high, trusted = s["within"] or (none, none, none > 0); over = s["over_within"][:2] if s["within"] else (none, none)
+    _fill(self._within, s["x"][:len(low)], low, high); _fill(self._over_within, self.record.steps[:len(over[0])], *over)
+    for band in (self._within, self._over_within): band.set_facecolor(look["color"])
+    doubt = np.flatnonzero(~trusted); self._unsure.set_data(s["x"][doubt], s["curves"][self.mask.value][doubt]); self._unsure.set_markeredgecolor(look["color"])
 
 @patch
 def _draw_tables(self:OverlapExplorer, s):
@@ -281,22 +305,27 @@ def _draw_tables(self:OverlapExplorer, s):
     for bar, v in zip(self._bars, y): bar.set_width(v)
     self._dash.set_xdata(np.minimum(c, 1))
 
-# %% ../nbs/51_explore.ipynb #fe5d8c63
+# %% ../nbs/51_explore.ipynb #065eb039
 @patch
 def _say(self:OverlapExplorer, s):
     r, mask, split, step, n = self.record, self.mask.value, self.split.value, self.step.value, self.record.n
-    note = "" if r.converged[s["i"], s["p"]] else " <i>(eigenpairs approximate or not converged)</i>"
+    note, within = "" if r.converged[s["i"], s["p"]] or r.has_intervals else " <i>(eigenpairs approximate or not converged)</i>", ""
+    if s["within"]:
+        low, high, trusted = (v[s["at"]] for v in s["within"]); within = f" (95% interval {low:.4f} to {high:.4f})"
+        note = "" if trusted else " <i>(not resolved: more steps would move the estimate, and its interval cannot be relied upon)</i>"
+    elif r.has_intervals: note = " <i>(an estimate; intervals are known for single orderings, not for a mean)</i>"
     one = not self.tied.value or not r.random.shape[2]
     what = ("one random mask" if one else f"mean of {r.random.shape[2]} random masks") if mask == "random" else f"{html.escape(mask)} mask"
     whose = f"top {s['q']} of {n} directions" if self.tied.value else f"top {s['q']} directions, mask of {s['m']} of {n} parameters"
     z = "" if s["z"] is None or mask == "random" and not one else f"; {abs(s['z']):.1f} deviations of a random mask {'above' if s['z'] >= 0 else 'below'} chance"
-    self.label.value = (f'<div role="status" aria-live="polite"><b>overlap {s["value"]:.4f}</b> of the {what} with the {whose} ({split} Hessian, step {step}); '
+    self.label.value = (f'<div role="status" aria-live="polite"><b>overlap {s["value"]:.4f}</b>{within} of the {what} with the {whose} ({split} Hessian, step {step}); '
                         f'<b>chance level {s["level"]:.4f}</b>; <b>ratio {s["value"]/s["level"]:.2f}</b>{z}{note}</div>')
 
+# %% ../nbs/51_explore.ipynb #a522f76f
 @patch
 def name(self:OverlapExplorer)->str: # without suffix
     "A file name that says what is shown"
-    at = f"k{self.k.value}" if self.tied.value else f"m{self.size.value}_r{self.rank.value}"
+    at = f"k{self._k()}" if self.tied.value else f"m{self.size.value}_r{self.rank.value}"
     return f"overlap_{self.record.problem}_{at}_step{self.step.value}_{self.split.value}_{self.mask.value}".replace(" ", "-").replace("/", "-")
 
 @patch
@@ -307,7 +336,11 @@ def numbers(self:OverlapExplorer):
     yield "overlap over mask size", "chance", s["x"], s["chance"]
     if s["std"] is not None: yield "overlap over mask size", "deviation of a random mask", s["x"], s["std"]
     yield "overlap over training", f"{self.mask.value} mask", r.steps, s["over"]
-    yield "spectrum", "eigenvalue", np.arange(1, r.k + 1), lam
+    for end, j in (("low", 0), ("high", 1)) if s["within"] else ():
+        yield "overlap over mask size", f"{self.mask.value} mask, {end}", s["x"], s["within"][j]
+        yield "overlap over training", f"{self.mask.value} mask, {end}", r.steps, s["over_within"][j]
+    if s["within"]: yield "overlap over mask size", f"{self.mask.value} mask, resolved", s["x"], s["within"][2].astype(int)
+    yield "spectrum", "eigenvalue" if r.every_size else "eigenvalue at the cut", r.ks, lam
     if s["cell"]:
         yield from ((f"overlap over mask size and rank", f"rank {q}", r.sizes, r.overlaps[s["i"], s["p"], s["cell"][0], :, j]) for j, q in enumerate(r.ranks))
         yield from (("layers", series, r.layer_names, y) for series, y in zip(("contribution", "by chance"), s["layers"]))

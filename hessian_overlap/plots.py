@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from .record import OverlapRecord
 
-# %% ../nbs/50_plots.ipynb #ec3d6ffc
+# %% ../nbs/50_plots.ipynb #bdbbbd81
 LOOKS = dict(magnitude=dict(color="#0072B2", ls="-", lw=2.2), best=dict(color="#009E73", ls="--"), random=dict(color="#E69F00", ls="-."),
              layerwise=dict(color="#CC79A7", ls=(0, (5, 1, 1, 1, 1, 1))), other=dict(color="#56B4E9", ls=(0, (1, 1))),
              train=dict(color="#0072B2", ls="-", marker="o"), test=dict(color="#D55E00", ls="--", marker="s"),
@@ -33,72 +33,81 @@ def _axes(ax):
 def _chance(ax, x, y, label="chance k/n"):
     ax.plot(x, y, ls=":", lw=1.6, color=mpl.rcParams["text.color"], label=label)
 
+def _interval(ax, x, y, interval, look, label="95% interval"):
+    "The interval of an estimate as a band, with hollow markers where it is not resolved"
+    if interval is None: return
+    low, high, trusted = interval
+    ax.fill_between(x, low, high, color=look["color"], alpha=.25, lw=0, label=label)
+    if not trusted.all(): ax.plot(x[~trusted], y[~trusted], ls="none", marker=look.get("marker", "o"), ms=7, mew=1.4, mec=look["color"], mfc=ax.get_facecolor(), zorder=3, label=label and "not resolved")
+
 def _luminance(color): # relative luminance in [0, 1], as a grey print shows it
     lin = [c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4 for c in to_rgb(color)]
     return float(np.dot(lin, (.2126, .7152, .0722)))
 
-# %% ../nbs/50_plots.ipynb #6138cb94
+# %% ../nbs/50_plots.ipynb #c33ea013
 def plot_overlap_over_training(
     record:OverlapRecord, # of a run
-    k:int|None=None,      # mask size in 1..record.k; None for the largest
+    k:int|None=None,      # mask size, one of record.ks; None for the largest
     split:str|None=None,  # "train" or "test"; None for all of the record's
     ax:Axes|None=None,    # None for a new figure
 )->Axes:
-    "Overlap of the magnitude mask with the top-k eigenspace at each step, with the chance level k/n"
-    k = _size(record, k)
-    ys = {s: [record.curve("magnitude", step, s)[k - 1] for step in record.steps] for s in (record.splits if split is None else [split])}
+    "Overlap of the magnitude mask with the top-k eigenspace at each step, with the chance level k/n, and its interval where it is an estimate"
+    j = record.place(k); k = record.ks[j]; splits = record.splits if split is None else [split]
+    ys = {s: np.array([record.curve("magnitude", step, s)[j] for step in record.steps]) for s in splits}
+    within = {s: np.array([record.interval("magnitude", step, s) for step in record.steps])[..., j].T if record.has_intervals else None for s in splits}
     ax = _axes(ax)
-    for s, y in ys.items(): ax.plot(record.steps, y, label=f"{s} Hessian", **LOOKS.get(s, dict(marker=".")))
-    _chance(ax, record.steps[[0, -1]], [record.chance[k-1]]*2, f"chance k/n = {record.chance[k-1]:.3g}")
+    for s, y in ys.items():
+        line, = ax.plot(record.steps, y, label=f"{s} Hessian", **LOOKS.get(s, dict(marker=".")))
+        if within[s] is not None: _interval(ax, record.steps, y, (*within[s][:2], within[s][2] > 0), dict(color=line.get_color(), marker=line.get_marker()), label=f"95% interval, {s}")
+    _chance(ax, record.steps[[0, -1]], [record.chance[j]]*2, f"chance k/n = {record.chance[j]:.3g}")
     ax.set(xlabel="training step", ylabel=f"overlap at k = {k}", ylim=(0, None), title=f"{record.problem}: magnitude mask over training")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.legend()
     return ax
 
-def _size(record, k):
-    k = record.k if k is None else k
-    if not 1 <= k <= record.k: raise ValueError(f"k = {k} is not in the record; it has mask sizes 1 to {record.k}")
-    return k
-
-# %% ../nbs/50_plots.ipynb #04a906f6
+# %% ../nbs/50_plots.ipynb #4dca1d11
 def plot_overlap_curve(
     record:OverlapRecord, # of a run
     step:int|None=None,   # a step of the record; None for the last
     split:str="test",     # whose Hessian
     ax:Axes|None=None,    # None for a new figure
 )->Axes:
-    "Overlap for every mask size: best, magnitude and random masks, and chance"
-    i, p = record.at(step, split); ax = _axes(ax); ks = np.arange(1, record.k + 1); band = record.random[i, p]
-    ax.plot(ks, record.best[i, p], label="best mask", **LOOKS["best"])
-    ax.plot(ks, record.magnitude[i, p], label="magnitude mask", **LOOKS["magnitude"])
+    "Overlap for every mask size: best, magnitude and random masks, and chance; with its interval where it is an estimate"
+    i, p = record.at(step, split); ax = _axes(ax); ks, band, mark = record.ks, record.random[i, p], {} if record.every_size else dict(marker=".")
+    if "best" in record.masks: ax.plot(ks, record.best[i, p], label="best mask", **LOOKS["best"], **mark)
+    ax.plot(ks, record.magnitude[i, p], label="magnitude mask", **LOOKS["magnitude"], **mark)
+    _interval(ax, ks, record.magnitude[i, p], record.interval("magnitude", step, split), LOOKS["magnitude"])
     if len(band):
         ax.fill_between(ks, band.min(0), band.max(0), color=LOOKS["random"]["color"], alpha=.3, lw=0)
-        ax.plot(ks, band.mean(0), label=f"{len(band)} random masks", **LOOKS["random"])
+        ax.plot(ks, band.mean(0), label=f"{len(band)} random masks", **LOOKS["random"], **mark)
     _chance(ax, ks, record.chance)
-    ax.set(xlabel="mask size k", ylabel="overlap with the top-k eigenspace", xlim=(1, max(2, record.k)), ylim=(0, min(1, 1.1*record.best[:, p].max()) or 1),
-           title=f"{record.problem}: {split} Hessian at step {record.steps[i]}")
+    top = (record.best if "best" in record.masks else record.high[:, :, 0] if record.has_intervals else record.magnitude)[:, p].max()
+    ax.set(xlabel="mask size k", ylabel="overlap with the top-k eigenspace", xlim=(1, max(2, record.k)) if record.every_size else (ks[0]/1.1, record.k*1.1), ylim=(0, min(1, 1.1*top) or 1),
+           xscale="linear" if record.every_size else "log", title=f"{record.problem}: {split} Hessian at step {record.steps[i]}")
     ax.legend()
     return ax
 
-# %% ../nbs/50_plots.ipynb #ccc5c22b
+# %% ../nbs/50_plots.ipynb #59e0e718
 def plot_spectrum(
     record:OverlapRecord, # of a run
     step:int|None=None,   # a step of the record; None for the last
     split:str="test",     # whose Hessian
     ax:Axes|None=None,    # None for a new figure
-    k:int|None=None,      # where to draw the cut, in 1..record.k; None for the largest
+    k:int|None=None,      # where to draw the cut, one of record.ks; None for the largest
 )->Axes:
-    "|λ| of the top eigenvalues, one curve for each sign, with the cut |λ_k|"
-    i, p = record.at(step, split); k, ax = _size(record, k), _axes(ax); lam = record.eigvals[i, p]
+    "|λ| of the top eigenvalues, one curve for each sign, with the cut |λ_k|; or the thresholds at the mask sizes that are known"
+    i, p = record.at(step, split); j = record.place(k); k, ax, lam = record.ks[j], _axes(ax), record.eigvals[i, p]
+    if not record.every_size: ax.plot(record.ks, abs(lam), color=mpl.rcParams["text.color"], lw=.8)
     for name, sign in (("positive", 1), ("negative", -1)):
-        own = lam[np.sign(lam) == sign]*sign; above = int((np.sign(lam[:k]) == sign).sum())
-        ax.plot(np.arange(1, len(own) + 1), own, ls="none", markersize=3 if sign > 0 else 5, label=f"{name}: {above} of the top {k}", **LOOKS[name])
-    ax.axhline(abs(lam[k-1]), color=mpl.rcParams["text.color"], ls="--", lw=1.2, label=f"cut |λ$_{{{k}}}$| = {abs(lam[k-1]):.2g}")
-    ax.set(yscale="log" if lam.any() else "linear", xlabel="rank among the eigenvalues of this sign", ylabel="|λ|",
-           title=f"{record.problem}: {split} Hessian at step {record.steps[i]}")
+        on = np.sign(lam) == sign; own, above = lam[on]*sign, int(on[:j + 1].sum())
+        ax.plot(np.arange(1, len(own) + 1) if record.every_size else record.ks[on], own, ls="none", markersize=3 if record.every_size and sign > 0 else 5,
+                label=f"{name}: {above} of the top {k}" if record.every_size else f"{name} at the cut", **LOOKS[name])
+    ax.axhline(abs(lam[j]), color=mpl.rcParams["text.color"], ls="--", lw=1.2, label=f"cut |λ$_{{{k}}}$| = {abs(lam[j]):.2g}")
+    ax.set(yscale="log" if lam.any() else "linear", xscale="linear" if record.every_size else "log", xlabel="rank among the eigenvalues of this sign" if record.every_size else "k",
+           ylabel="|λ|" if record.every_size else "|λ| that k eigenvalues exceed", title=f"{record.problem}: {split} Hessian at step {record.steps[i]}")
     ax.legend()
     return ax
 
-# %% ../nbs/50_plots.ipynb #53d77f8a
+# %% ../nbs/50_plots.ipynb #c8bbe898
 def plot_overlap_table(
     record:OverlapRecord,  # of a run, with tables
     mask:str="magnitude",  # one of its orders
@@ -111,19 +120,20 @@ def plot_overlap_table(
     "Heat map of the overlap over mask size and rank"
     i, p = record.at(step, split); sizes, ranks = record.cell(mask) and (record.sizes, record.ranks); cell = record.cell(mask, *point) if point else None
     T = record.overlaps[i, p, record.orders.index(mask)]; T = T*record.n/np.maximum.outer(sizes, ranks) if ratio else T; ax = _axes(ax)
-    _heat(ax, T.T, "{:.1f}" if ratio else "{:.2f}", vmax=None if ratio else 1, label="overlap / chance" if ratio else "overlap")
+    about = record.half[i, p, record.orders.index(mask)].T > .1*record.overlaps[i, p, record.orders.index(mask)].T if record.half is not None else None
+    _heat(ax, T.T, "{:.1f}" if ratio else "{:.2f}", vmax=None if ratio else 1, label="overlap / chance" if ratio else "overlap", about=about)
     ax.set_xticks(range(len(sizes)), sizes, rotation=60); ax.set_yticks(range(len(ranks)), ranks)
     ax.set(xlabel="mask size m", ylabel="rank r", title=f"{record.problem}: {mask} mask, {split} Hessian at step {record.steps[i]}")
     if cell: ax.add_patch(Rectangle((cell[1] - .5, cell[2] - .5), 1, 1, fill=False, ec="#D55E00", lw=2.4))
     return ax
 
-def _heat(ax, M, form, vmax=1, label=""):
-    "An image with its numbers in it, light on dark cells and dark on light ones, and a colour bar"
+def _heat(ax, M, form, vmax=1, label="", about=None):
+    "An image with its numbers in it, light on dark cells and dark on light ones, a tilde before those that are about so, and a colour bar"
     im = ax.imshow(M, vmin=0, vmax=vmax, cmap="cividis", origin="lower", aspect="auto")
     bar = ax.figure.colorbar(im, ax=ax); bar.set_label(label)
     for (y, x), v in np.ndenumerate(M):
         light = _luminance(im.cmap(im.norm(v))) > .18
-        ax.text(x, y, form.format(v).removeprefix("0") or "0", ha="center", va="center", fontsize="xx-small", color="0" if light else "1")
+        ax.text(x, y, "~"*(about is not None and bool(about[y, x])) + (form.format(v).removeprefix("0") or "0"), ha="center", va="center", fontsize="xx-small", color="0" if light else "1")
     return im
 
 # %% ../nbs/50_plots.ipynb #e3b270af

@@ -116,38 +116,44 @@ def _cuts(theta, counts, ks):
     f[o] = ((ks - (c.cumsum(0)-c)[:,None])/c[:,None].clamp(min=1e-300)).clamp(0, 1)
     return f
 
-# %% ../nbs/23_quadrature.ipynb #78f267c2
-def _traces(state, columns, ranks, ks, groups):
-    "For each ordering: exact part (K, G) and sampled parts (K, p, G) of tr(M_k P_k); and the sampled counts (K, p)"
+# %% ../nbs/23_quadrature.ipynb #b7cf962b
+def _sums(state, columns, ranks, sizes, ks, groups):
+    "For each ordering, added up over its first m parameters: squares of the exact vectors (M, G, |E|) and of the sampled ones of each k (M, G, K, p); and f, E and the weights of the probes"
     theta,F,W,E = _quadrature(state, columns)
     f = _cuts(theta, torch.where(E, 1., W.square().mean(1)), ks)
-    K,p,G = len(ks), W.shape[1], int(groups.max())+1
+    M,K,p,G = len(sizes), len(ks), W.shape[1], int(groups.max())+1
     dt,dev = state.A.dtype, state.A.device
     sampled = torch.einsum('cj,jk,ji->cki', F[:,~E], f[~E].sqrt(), W[~E]).reshape(columns, K*p).to(dev, dt)
     exact = F[:,E].to(dev, dt)
-    out = [(torch.zeros(K+1, G, exact.shape[1], dtype=torch.float64, device=dev), torch.zeros(K+1, G, K*p, dtype=torch.float64, device=dev)) for _ in ranks]
+    out = [(torch.zeros(M+1, G, exact.shape[1], dtype=torch.float64, device=dev), torch.zeros(M+1, G, K*p, dtype=torch.float64, device=dev)) for _ in ranks]
     for lo,P in state.basis.strips(columns):
         U,Y = (P.T @ exact).double().square(), (P.T @ sampled).double().square()
         for rank,(X,S) in zip(ranks, out): # rows of equal bucket and group add up
-            cell = torch.bucketize(rank[lo:lo+P.shape[1]], ks, right=True).to(dev)*G + groups[lo:lo+P.shape[1]].to(dev)
+            cell = torch.bucketize(rank[lo:lo+P.shape[1]], sizes, right=True).to(dev)*G + groups[lo:lo+P.shape[1]].to(dev)
             X.view(-1, X.shape[-1]).index_add_(0, cell, U)
             S.view(-1, S.shape[-1]).index_add_(0, cell, Y)
-    pick = torch.arange(K)
-    parts = [(torch.einsum('kge,ek->kg', X.cpu()[:K].cumsum(0), f[E]), S.cpu()[:K].cumsum(0).reshape(K, G, K, p)[pick,:,pick].permute(0, 2, 1)) for X,S in out]
+    return [(X.cpu()[:M].cumsum(0), S.cpu()[:M].cumsum(0).reshape(M, G, K, p)) for X,S in out], f, E, W
+
+def _traces(state, columns, ranks, ks, groups):
+    "For each ordering: exact part (K, G) and sampled parts (K, p, G) of tr(M_k P_k); and the sampled counts (K, p)"
+    (sums,f,E,W),pick = _sums(state, columns, ranks, ks, ks, groups), torch.arange(len(ks))
+    parts = [(torch.einsum('kge,ek->kg', X, f[E]), S[pick,:,pick].permute(0, 2, 1)) for X,S in sums]
     return parts, (W[~E].square()[:,None]*f[~E][:,:,None]).sum(0), int(E.sum())
 
-# %% ../nbs/23_quadrature.ipynb #8a90fb6b
+# %% ../nbs/23_quadrature.ipynb #cdcb46f3
 def _student(df):
     from scipy.stats import t
     return t.ppf(.975, df)
 
+def _readings(state):
+    "All columns that were multiplied, and three quarters of them, in whole blocks"
+    full,b = state.size-state.newest, state.block_size
+    return full, max(b, full*3//4//b*b)
+
 def _estimate(states, order_ranks, ks, groups):
     "Pooled over states: for each ordering (overlap, stderr, resolution, groups (K, G)); and the number of exact pairs"
     reads = []
-    for s in states:
-        full = s.size-s.newest
-        part = max(s.block_size, full*3//4//s.block_size*s.block_size)
-        reads.append((_traces(s, full, order_ranks, ks, groups), _traces(s, part, order_ranks, ks, groups)))
+    for s in states: reads.append([_traces(s, columns, order_ranks, ks, groups) for columns in _readings(s)])
     out = []
     for r in range(len(order_ranks)):
         total = lambda which: torch.stack([(read[which][0][r][0] + read[which][0][r][1].mean(1))/ks[:,None] for read in reads]).mean(0)

@@ -1,5 +1,5 @@
 "A whole run: the same numbers however often it is interrupted, nothing overwritten, and a sentence for everything that is wrong."
-import contextlib, copy, io, json, os, re, signal, subprocess, sys, time
+import contextlib, copy, io, json, os, re, signal, subprocess, sys, time, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
 import hessian_overlap.experiment as ex
@@ -82,10 +82,119 @@ def test_nothing_is_written_without_out(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ interruptions
+# ------------------------------------------------------------------------------------------------ without eigenvectors
 
 class Kill(BaseException): pass
 
+
+WIDE = dict(steps=5, snapshots=[0, 5], samples=30, num_random=3, seed=0, progress=False, method="slq", num_probes=4, num_steps=20)   # of own(hidden=60), 362 parameters
+
+
+def wide(): return own(hidden=60)
+
+
+def quiet(f, *a, **kw):
+    with warnings.catch_warnings(): warnings.simplefilter("ignore", RuntimeWarning); return f(*a, **kw)
+
+
+def test_quadrature_agrees_with_the_dense_hessian():
+    "Within the interval, for magnitude, layers and random masks; thresholds, tables and layers too"
+    p = wide(); n = p.n_params; r = quiet(run_overlap, p, **WIDE, ks=[2, 5, 20, 60, 150]); run = ex.train(p, 5, [0, 5]); hits = trials = 0
+    for i, theta in enumerate(run.thetas):
+        for s, split in enumerate(("train", "test")):
+            lam, V = torch.linalg.eigh(dense(p, theta, split, 30)); top = lam.abs().argsort(descending=True); lam, U = lam[top], V[:, top]; order = theta.abs().argsort(descending=True)
+            truth = np.array([(U[order[:k], :k]**2).sum()/k for k in r.ks.tolist()]); low, high, trusted = r.interval("magnitude", int(r.steps[i]), split)
+            hits, trials = hits + ((low - 1e-4 <= truth) & (truth <= high + 1e-4) | ~trusted).sum(), trials + 5
+            np.testing.assert_allclose(r.eigvals[i, s, :2], lam[[1, 4]], rtol=2e-2)
+            m, q = r.sizes.tolist().index(60), r.ranks.tolist().index(20); want = (U[order[:60], :20]**2).sum(1)   # per parameter
+            assert abs(r.overlaps[i, s, 0, m, q] - want.sum()/20) <= 2*r.half[i, s, 0, m, q] + 1e-3; np.testing.assert_allclose(r.layers[i, s, 0].sum(-1), r.overlaps[i, s, 0], atol=1e-3)
+            for o in range(3): np.testing.assert_allclose(r.random[i, s, o, :3], [(U[random_order(n, seed=mask_seed(0, o))[:k], :k]**2).sum()/k for k in (2, 5, 20)], atol=.05)
+    assert hits >= .9*trials and r.masks == ("magnitude", "random", "layerwise") and (r.matvecs == 80).all() and np.isnan(r.residuals).all() and np.isnan(r.best).all()
+    assert ((r.low <= np.stack([r.magnitude, r.extra[:, :, 0]], 2)) & (np.stack([r.magnitude, r.extra[:, :, 0]], 2) <= r.high)).all() and (r.converged == r.trusted[:, :, 0].all(-1)).all()
+    diagonal = [r.overlaps[:, :, 0, r.sizes.tolist().index(k), j] for j, k in enumerate(r.ranks.tolist())]; np.testing.assert_allclose(np.moveaxis(diagonal, 0, -1), r.magnitude, atol=1e-9)
+    np.testing.assert_allclose(r.overlaps[:, :, :, -1], 1, atol=1e-9); np.testing.assert_allclose(r.available.sum(-1), 1, atol=1e-9)
+
+
+def test_quadrature_agrees_with_eigsh_where_both_know_k():
+    a, b = quiet(run_overlap, wide(), **WIDE), run_overlap(wide(), steps=5, snapshots=[0, 5], samples=30, num_random=3, seed=0, progress=False, k=30); both = a.ks[a.ks <= 30]
+    assert a.k == 72 and len(both) >= 5 and (a.train_loss == b.train_loss).all(); J = len(both)
+    for x, y, low, high, t in ((a.magnitude, b.magnitude, a.low[:, :, 0], a.high[:, :, 0], a.trusted[:, :, 0]), (a.extra[:, :, 0], b.extra[:, :, 0], a.low[:, :, 1], a.high[:, :, 1], a.trusted[:, :, 1])):
+        y = y[..., both - 1]; assert ((low[..., :J] - 1e-3 <= y) & (y <= high[..., :J] + 1e-3) | ~t[..., :J]).mean() >= .95 and t[..., :J].mean() > .7
+    np.testing.assert_allclose(a.random[..., :2], b.random[..., both[:2] - 1], atol=5e-3)   # the same random masks
+
+
+def test_quadrature_is_resumed_with_the_same_numbers(tmp_path, monkeypatch):
+    s = WIDE | dict(k=60); full = quiet(run_overlap, wide(), **s, out=tmp_path/"full"); d = tmp_path/"cut"; real, done = ex.measure, []
+    def cut(*a, **k):
+        if len(done) == 2: raise Kill
+        done.append(a[2]); return real(*a, **k)
+    with monkeypatch.context() as m:
+        m.setattr(ex, "measure", cut)
+        with pytest.raises(Kill): quiet(run_overlap, wide(), **s, out=d)
+    part = d/"parts"/"step000000_test.npz"; part.write_bytes(part.read_bytes()[:-20]); said = []
+    again = quiet(run_overlap, wide(), **s, out=d, echo=said.append)
+    assert compare(full, again) == {} == compare(OverlapRecord.load(d), full) and any("resuming" in o and "1 of 4 parts" in o for o in said)   # the damaged one is made again
+    assert [o for o in again.table().splitlines()[:2]] == [l for o in said for l in o.splitlines() if "k=" in o][:2] and (again.seconds[0, 0] != full.seconds[0, 0])
+    (d/"record.json").unlink()
+    for change, says in [(dict(num_steps=21), "num_steps = 20 there and 21 here"), (dict(num_probes=5), "num_probes = 4 there and 5"), (dict(ks=[2, 60]), r"ks = \[1, .* there and \[2, 60\] here"),
+                         (dict(method="eigsh", num_probes=None, num_steps=None), "method = 'slq' there and 'eigsh' here")]:
+        with pytest.raises(ValueError, match=says) as e: run_overlap(wide(), **s | change, out=d)
+        assert "\n" not in str(e.value)
+
+
+def test_a_run_that_an_earlier_version_began_is_resumed(tmp_path):
+    "Whose settings do not have the names of quadrature"
+    full = run_overlap(own(), **ASK, out=tmp_path); (tmp_path/"record.json").unlink(); (tmp_path/"parts"/"step000005_test.npz").unlink(); f = tmp_path/"settings.json"
+    was = json.loads(f.read_text()); f.write_text(json.dumps({k: v for k, v in was.items() if k not in ("num_probes", "num_steps", "ks")})); assert len(was) > len(json.loads(f.read_text()))
+    assert compare(run_overlap(own(), **ASK, out=tmp_path), full) == {}
+
+
+def test_a_part_of_another_method_does_not_pass(tmp_path):
+    s = WIDE | dict(k=60); full = quiet(run_overlap, wide(), **s, out=tmp_path/"slq"); run_overlap(wide(), **{k: v for k, v in s.items() if k not in ("method", "num_probes", "num_steps")}, out=tmp_path/"eigsh")
+    (tmp_path/"slq"/"record.json").unlink(); f = "parts/step000005_test.npz"; (tmp_path/"slq"/f).write_bytes((tmp_path/"eigsh"/f).read_bytes())
+    assert compare(quiet(run_overlap, wide(), **s, out=tmp_path/"slq"), full) == {}
+
+
+@pytest.mark.parametrize("kw, says", [(dict(ks=[]), "ks must ascend and not be empty"), (dict(ks=[3, 3]), "ks must ascend"), (dict(ks=[0, 3]), "one of ks must be .*1 and at most 361, got 0"), (dict(ks=[3, 362]), "one of ks|goes up to"),
+    (dict(ks=[2.5]), "2.5"), (dict(ks=[3, 9], k=8), "k = 8 is not the last of ks, 9"), (dict(num_steps=89), "89 blocks of 4 probes do not fit into 362 parameters, 88 do"), (dict(num_probes=1, num_steps=None), "num_probes must be"),
+    (dict(method="eigsh"), "num_probes is a setting of slq; the method is eigsh"), (dict(method="seigh", num_probes=None, num_steps=None, ks=[3]), "ks is a setting of slq; the method is seigh"), (dict(block_size=3), "block_size is a setting of eigsh")], ids=str)
+def test_wrong_settings_of_quadrature(kw, says, tmp_path):
+    with pytest.raises(ValueError, match=says) as e: run_overlap(wide(), **WIDE | kw, out=tmp_path/"r")
+    assert "\n" not in str(e.value) and not (tmp_path/"r").exists()
+
+
+def test_defaults_of_quadrature():
+    s = ex.run_settings(make_problem("mnist_mini", seed=0, device="cpu"), steps=0, snapshots=None, k=None, samples=500, method="slq", num_random=10, seed=0)
+    assert (s["k"], s["num_probes"], s["num_steps"], s["ks"][0], s["ks"][-1], len(s["ks"])) == (1406, 8, 80, 7, 1406, 20) and s["tol"] is s["num_outer"] is None
+    for n, k in ((10, 1), (100, 99), (7030, 350), (10**7, 350), (10**7, 5*10**6)): ks = ex.default_ks(n, k); assert ks == sorted(set(ks)) and ks[-1] == k and 1 <= ks[0] <= max(1, n/1000) and len(ks) <= 20
+    assert quiet(run_overlap, wide(), **WIDE | dict(ks=torch.tensor([2, 9]), snapshots=[0])).ks.tolist() == [2, 9]
+    with pytest.raises(TypeError, match="'probes' is not a setting"): ex.solver_settings(100, 3, "slq", probes=3)
+
+
+def test_one_warning_a_part_says_what_is_not_resolved():
+    with pytest.warns(RuntimeWarning, match="raise num_steps") as said: r = run_overlap(wide(), **WIDE | dict(num_steps=4, k=150, snapshots=[5]))
+    said = [str(w.message) for w in said if w.category is RuntimeWarning]; assert 1 <= len(said) <= 2 and all("not resolved at" in o and "raise num_steps" in o for o in said) and not r.converged.all() and r.table().splitlines()[-1].startswith("* not resolved")
+
+
+def test_quadrature_from_the_command_line(tmp_path):
+    "In a process of its own, to the figures; and printed again"
+    d = tmp_path/"run"; a = cli("run", "mnist_mini", "--method", "slq", "--k", 700, "--num-probes", 4, "--num-steps", 30, "--steps", 20, "--samples", 100, "--num-random", 2, "--device", "cpu", "--out", d)
+    assert a.returncode == 0 and "Traceback" not in a.stderr and "Warning" not in a.stderr, a.stderr
+    r = OverlapRecord.load(d); assert (r.method, r.k, r.ks[-1], r.settings["num_probes"], r.settings["num_steps"]) == ("slq", 700, 700, 4, 30) and (r.matvecs == 120).all() and r.steps.tolist() == [0, 20]
+    b = cli("show", d); assert b.returncode == 0 and not b.stderr and r.table() in b.stdout and all(l in a.stdout for l in r.table().splitlines()) and "±" in b.stdout and f"in [{r.low[1, 1, 0, -1]:.4f}" in b.stdout
+    assert all((d/"figures"/f"{f}.png").read_bytes()[:4] == b"\x89PNG" for f in ("overlap_over_training", "overlap_curve", "spectrum"))
+
+
+def test_any_method_for_a_model_as_it_is():
+    p = wide(); data = dict(train=p.hessian_data("train", 30), test=p.hessian_data("test", 30)); get = lambda **kw: quiet(ex.overlap_record, p.model, p.loss_func, data, seed=0, num_random=2, **kw)
+    a, b, c = get(k=30), get(k=30, method="seigh"), get(k=60, method="slq", num_probes=4, ks=[5, 30, 60], orders=dict(mine=torch.arange(p.n_params)))
+    assert a.converged.all() and not b.converged.any() and c.masks == ("magnitude", "random", "layerwise", "mine") and c.low.shape == (1, 2, 3, 3) and c.settings["num_steps"] == 80 and a.settings["tol"] == 1e-5
+    assert abs(c.magnitude[..., 0] - a.magnitude[..., 4]).max() < 5e-3 and (c.train_loss == a.train_loss).all()
+    for kw, says in [(dict(k=3, method="slq", tol=1e-3), "tol is a setting of eigsh"), (dict(k=3, num_steps=5), "num_steps is a setting of slq"), (dict(k=400), "k = 400 is more than the n = 362 parameters of Sequential")]:
+        with pytest.raises(ValueError, match=says): get(**kw)
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
 
 def writes_of_a_run(tmp_path, monkeypatch):
     seen, real = [], os.replace
@@ -256,10 +365,15 @@ BAD = {
     "no command": ([], "no command"), "unknown command": (["walk"], "unknown command 'walk'"), "no problem": (["run"], "problem"), "unknown problem": (["run", "imagenet"], "unknown problem 'imagenet'; known: mnist_mini"),
     "k above n": (argv("--k", "7031"), "k = 7031 is more than the n = 7030"), "k zero": (argv("--k", "0"), "k must be .*, got 0"), "k negative": (argv("--k=-3"), "got -3"), "k no number": (argv("--k", "ten"), "ten"),
     "k a fraction": (argv("--k", "2.5"), "2.5"), "steps": (argv("--steps=-1"), "steps must be"), "samples not divisible": (argv("--samples", "105"), "samples=105"), "samples zero": (argv("--samples", "0"), "samples"),
-    "samples too many": (argv("--samples", "5000"), "samples=5000"), "method": (argv("--method", "power"), "unknown method 'power'; choose eigsh or seigh"), "dtype": (argv("--dtype", "float16"), "unknown dtype 'float16'"),
+    "samples too many": (argv("--samples", "5000"), "samples=5000"), "method": (argv("--method", "power"), "unknown method 'power'; choose eigsh, seigh or slq"), "dtype": (argv("--dtype", "float16"), "unknown dtype 'float16'"),
     "device": (argv("--device", "tpu9"), "device 'tpu9' cannot be used"), "no such gpu": (argv("--device", "cuda:99"), "device 'cuda:99' cannot be used"), "seed": (argv("--seed=-1"), "seed"), "seed too large": (argv("--seed", str(2**40)), "seed"),
     "inner below outer": (argv("--method", "seigh", "--num-outer", "30", "--num-inner", "20"), "num_inner = 20 is less than num_outer = 30"), "outer below k": (argv("--method", "seigh", "--num-outer", "11"), "num_outer must be .*12"),
     "inner above n": (argv("--method", "seigh", "--num-inner", "8000"), "num_inner must be .*7030"), "outer for eigsh": (argv("--num-outer", "30"), "num_outer is a setting of seigh"),
+    "steps for eigsh": (argv("--num-steps", "30"), "num_steps is a setting of slq; the method is eigsh"), "probes for seigh": (argv("--method", "seigh", "--num-probes", "4"), "num_probes is a setting of slq; the method is seigh"),
+    "tol for slq": (argv("--method", "slq", "--tol", "1e-3"), "tol is a setting of eigsh; the method is slq"), "outer for slq": (argv("--method", "slq", "--num-outer", "30"), "num_outer is a setting of seigh; the method is slq"),
+    "one probe": (argv("--method", "slq", "--num-probes", "1"), "num_probes must be .*2 and at most 7030, got 1"), "three steps": (argv("--method", "slq", "--num-steps", "3"), "num_steps must be .*4, got 3"),
+    "no room": (argv("--method", "slq", "--num-steps", "900"), "900 blocks of 8 probes do not fit into 7030 parameters, 876 do"), "probes without room": (argv("--method", "slq", "--num-probes", "2000"), "slq with 2000 probes needs at least 12000"),
+    "slq at n": (argv("--method", "slq", "--k", "7030"), "slq goes up to k = 7029"), "slq above n": (argv("--method", "slq", "--k", "7031"), "k = 7031 is more than"), "steps a fraction": (argv("--method", "slq", "--num-steps", "4.5"), "4.5"),
     "tol for seigh": (argv("--method", "seigh", "--tol", "1e-3"), "tol is a setting of eigsh"), "tol zero": (argv("--tol", "0"), "tol must be"), "tol nan": (argv("--tol", "nan"), "tol must be"), "tol negative": (argv("--tol=-1e-3"), "tol must be"),
     "threads zero": (argv("--threads", "0"), "threads must be"), "block zero": (argv("--block-size", "0"), "block_size must be"), "random masks": (argv("--num-random=-1"), "num_random"), "root": (argv("--root", "/nonexistent"), "sha256.*/nonexistent"), "unknown option": (argv("--kk", "3"), "kk"),
     "unwritable": (argv("--out", "/proc/runs/x"), "cannot write to /proc/runs/x"), "two problems": (["run", "mnist_mini", "other"], "other"), "show nothing": (["show"], "run"), "show missing": (["show", "nowhere"], "no record in nowhere"),
@@ -343,7 +457,7 @@ def test_the_program_itself(done, tmp_path):
     "The installed command and `python -m` are the same, help works, nothing ends in a traceback"
     prog = Path(sys.executable).with_name("hessian-overlap"); run = lambda *a: subprocess.run([prog, *map(str, a)], capture_output=True, text=True, env=QUIET, cwd=tmp_path)
     h = run("run", "--help"); assert h.returncode == 0, h.stderr
-    for o in "--k --steps --samples --method --num-outer --num-inner --tol --block-size --device --dtype --threads --seed --root --out --overwrite".split(): assert re.search(rf"{o}\b", h.stdout), o
+    for o in "--k --steps --samples --method --num-outer --num-inner --num-probes --num-steps --tol --block-size --device --dtype --threads --seed --root --out --overwrite".split(): assert re.search(rf"{o}\b", h.stdout), o
     assert "--num_outer" not in h.stdout and "--pdb" not in h.stdout
     assert call("--help")[0] == call("--version")[0] == call("show", "--help")[0] == 0 and "show RUN" in call("--help")[1] and call("--version")[1].startswith("hessian-overlap ")
     bad = run("run", "mnist_mini", "--k", 0); assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and bad.stderr.startswith("hessian-overlap: k must be") and not list(tmp_path.iterdir())

@@ -8,6 +8,8 @@ from hessian_overlap.record import OverlapRecord, RecordError
 from made import made_up
 
 
+KS = [3, 10, 40, 150, 600]
+
 @pytest.fixture(scope="module")
 def r(): return made_up(k=350, n=7030, R=10, steps=(0, 50, 100, 1000), tables=True)
 
@@ -68,7 +70,8 @@ def test_white_whatever_the_style(r):
 
 
 def test_small_and_odd_records():
-    for kw in (dict(k=1), dict(steps=(0,)), dict(R=0), dict(splits=("test",)), dict(method="seigh"), dict(tables=True), dict(tables=True, k=1), dict(tables=True, R=0)):
+    for kw in (dict(k=1), dict(steps=(0,)), dict(R=0), dict(splits=("test",)), dict(method="seigh"), dict(tables=True), dict(tables=True, k=1), dict(tables=True, R=0),
+               dict(ks=KS), dict(ks=KS, tables=True), dict(ks=[7], R=0), dict(ks=[3, 10], tables=True, R=0, splits=("test",), steps=(4,))):
         e = explore_overlap(made_up(**kw)); assert not e.message.value; assert ("random" in e.mask.options) == (kw.get("R") != 0)
         assert ("approximate" in e.label.value) == (kw.get("method") == "seigh")
 
@@ -146,6 +149,48 @@ def test_a_live_model_in_one_call():
     for f, exc, says in [(lambda: explore_overlap(model), TypeError, "give model, loss_func and data"), (lambda: explore_overlap(model, loss, data, k=27, seed=0), ValueError, "27"),
                          (lambda: explore_overlap(model, loss, {}, k=2, seed=0), ValueError, "no split")]:
         with pytest.raises(exc, match=says): f()
+
+
+# ------------------------------------------------------------------------------------------------ estimates
+
+def test_estimates_say_their_interval_and_where_they_have_none(tmp_path):
+    import csv
+    r = made_up(ks=KS, tables=True); e = explore_overlap(r.save(tmp_path/"run")); seen = set()
+    assert e.k.layout.display == "none" and e.known.layout.display is None and list(e.known.options) == KS and "best" not in e.mask.options and "k=600" in repr(e)
+    for mask in ("magnitude", "layerwise"):
+        for step, split in ((0, "train"), (100, "test")):
+            low, high, trusted = r.interval(mask, step, split)
+            for j, k in enumerate(KS):
+                e.mask.value, e.step.value, e.split.value, e.known.value = mask, step, split, k
+                for s in (f"overlap {r.curve(mask, step, split)[j]:.4f}", f"95% interval {low[j]:.4f} to {high[j]:.4f}", f"chance level {k/1000:.4f}", f"top {k} of 1000"): assert s in e.label.value, (s, e.label.value)
+                assert ("not resolved" in e.label.value) == (not trusted[j]) and e.image.value not in seen and "deviations" not in e.label.value; seen.add(e.image.value)
+                assert e._unsure.get_xdata().tolist() == KS[3:] and (e._within.get_paths()[0].vertices[:, 1].max(), e._over_within.get_paths()[0].vertices[:, 0].max()) == (high.max(), 100)
+    rows = {(o["panel"], o["series"], o["x"]): float(o["y"]) for o in csv.DictReader(io.StringIO(e.csv()))}; at = "overlap over mask size"
+    assert rows[at, "layerwise mask, low", "40"] == low[2] and rows[at, "layerwise mask, high", "600"] == high[4] and rows[at, "layerwise mask, resolved", "600"] == 0
+    assert rows["overlap over training", "layerwise mask, high", "0"] == r.interval("layerwise", 0)[1][4] and rows["spectrum", "eigenvalue at the cut", "40"] == r.eigvals[2, 1, 2]
+    e.mask.value = "random"; assert "an estimate; intervals are known for single orderings, not for a mean" in e.label.value and "resolved" not in e.csv() and not len(e._unsure.get_xdata())
+    e.tied.value, e.mask.value = False, "magnitude"; e.size.value, e.rank.value = 600, 40; v = r.overlaps[r.at()][r.cell("magnitude", 600, 40)]
+    assert f"overlap {v:.4f}</b> (95% interval {max(0, v - .05):.4f} to {min(1, v + .05):.4f})" in e.label.value and e.known.layout.display == "none" and not e.message.value
+    e.rank.value = 600; assert "not resolved" in e.label.value and (e._unsure.get_xdata() == r.sizes).all()   # as the cut at 600 is not
+    e.tied.value = True; assert e.known.layout.display is None and "95% interval" in e.label.value
+    for kind in ("png", "pdf", "csv", "code"): e.buttons[kind].click(); assert not e.message.value
+    exec(e.code(), {}); plt.close("all")
+
+
+def test_from_estimates_to_eigenpairs_and_back(tmp_path):
+    made_up(tables=True).save(tmp_path/"pairs"); made_up(ks=KS, tables=True).save(tmp_path/"estimates"); e = explore_overlap(tmp_path/"estimates")
+    e.run.value = str(tmp_path/"pairs"); assert e.k.layout.display is None and e.known.layout.display == "none" and "deviations" in e.label.value and "best" in e.mask.options and not e.message.value
+    e.k.value = 9; assert "top 9 of" in e.label.value
+    e.run.value = str(tmp_path/"estimates"); e.known.value = 10; assert "95% interval" in e.label.value and not e.message.value
+    alone = explore_overlap(tmp_path/"estimates"); alone.known.value = 10; assert (pixels(alone) == pixels(e)).all()
+
+
+def test_estimates_of_a_live_model():
+    import torch
+    g = torch.Generator().manual_seed(0); x = torch.randn(60, 8, generator=g); y = (x[:, 0] > 0).long()
+    with torch.random.fork_rng(): torch.manual_seed(0); model = torch.nn.Sequential(torch.nn.Linear(8, 20), torch.nn.Tanh(), torch.nn.Linear(20, 2)).eval()
+    e = explore_overlap(model, torch.nn.CrossEntropyLoss(), [(x, y)], k=60, method="slq", num_probes=4, num_steps=12, ks=[2, 10, 60], seed=0, orders=dict(mine=torch.arange(222)))
+    e.mask.value, e.known.value = "mine", 10; assert "95% interval" in e.label.value and "mine mask" in e.label.value and "method='slq'" in e.code() and not e.message.value
 
 
 # ------------------------------------------------------------------------------------------------ crystallisation

@@ -9,6 +9,7 @@ from hessian_overlap.plots import (LOOKS, STYLES, plot_crystallisation, plot_den
                                   plot_overlap_over_training, plot_overlap_table, plot_spectrum)
 from made import made_up
 
+KS = [3, 10, 40, 150, 600]
 PLOTS = [plot_overlap_over_training, plot_overlap_curve, plot_spectrum]
 
 
@@ -19,7 +20,7 @@ def closed():
 
 
 @pytest.mark.parametrize("plot", PLOTS)
-@pytest.mark.parametrize("kw", [dict(), dict(k=1), dict(steps=(0,)), dict(R=0), dict(method="seigh")], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(k=1), dict(steps=(0,)), dict(R=0), dict(method="seigh"), dict(ks=KS), dict(ks=[7]), dict(ks=KS, R=0, steps=(0,))], ids=str)
 def test_draws_labelled_axes(plot, kw):
     ax = plot(made_up(**kw))
     assert ax.get_xlabel() and ax.get_ylabel() and ax.get_title() and ax.get_legend()
@@ -90,9 +91,9 @@ TABLED = [plot_overlap_table, plot_layers]
 
 
 @pytest.mark.parametrize("plot", TABLED)
-@pytest.mark.parametrize("kw", [dict(), dict(k=1), dict(steps=(0,)), dict(R=0), dict(k=60, n=60)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(k=1), dict(steps=(0,)), dict(R=0), dict(k=60, n=60), dict(ks=KS)], ids=str)
 def test_tables_and_layers(plot, kw):
-    r = made_up(tables=True, **kw); ax = plot(r, "best"); assert ax.get_xlabel() and ax.get_title()
+    r = made_up(tables=True, **kw); ax = plot(r, r.orders[-1]); assert ax.get_xlabel() and ax.get_title()
     ax.figure.savefig(io.BytesIO(), format="png"); own = Figure().subplots(); assert plot(r, ax=own) is own
     with pytest.raises(ValueError, match="no tables over mask size and rank"): plot(made_up(**kw))
     with pytest.raises(ValueError, match="mask 'x'"): plot(r, "x")
@@ -133,3 +134,29 @@ def test_intervals_and_density():
     assert (lines["estimate"].get_ydata() == est.overlap.numpy()).all() and (lines["chance k/n"].get_ydata() == np.array([2, 5])/80).all() and "exact" in lines
     ax = plot_interval(overlap_error(eigsh(A, 5, seed=0), order)); assert len(ax.lines) == 1   # it does not know n
     ax = plot_density(spectral_density(A, num_probes=4, num_steps=8, seed=0)); assert ax.get_yscale() == "log" and len(ax.lines) == 2; ax.figure.savefig(io.BytesIO())
+
+
+def test_estimates_have_a_band_and_hollow_markers_where_they_are_not_resolved():
+    r = made_up(ks=KS, tables=True); ax = plot_overlap_curve(r, 50, "train"); lines = {l.get_label(): l for l in ax.lines}; low, high, trusted = r.interval("magnitude", 50, "train")
+    assert ax.get_xscale() == "log" and (lines["magnitude mask"].get_xdata() == KS).all() and (lines["magnitude mask"].get_ydata() == r.magnitude[1, 0]).all() and "best mask" not in lines
+    band, = [c for c in ax.collections if c.get_label() == "95% interval"]; v = band.get_paths()[0].vertices
+    assert {(a, b) for a, b in v.tolist()} >= {*zip(KS, low.tolist()), *zip(KS, high.tolist())} and ax.get_ylim()[1] >= high.max()
+    hollow = lines["not resolved"]; assert hollow.get_xdata().tolist() == KS[3:] and (hollow.get_ydata() == r.magnitude[1, 0, 3:]).all() and to_rgba(hollow.get_markerfacecolor()) == to_rgba(ax.get_facecolor())
+    ax = plot_overlap_over_training(r, k=40); assert len(ax.collections) == 2 and len(ax.lines) == 3 and f"{40/1000:.3g}" in ax.get_legend().get_texts()[-1].get_text()   # trusted: no hollow ones
+    assert (ax.lines[0].get_ydata() == r.magnitude[:, 0, 2]).all() and {tuple(o) for o in ax.collections[1].get_paths()[0].vertices.tolist()} >= {*zip([0., 50., 100.], r.low[:, 1, 0, 2].tolist())}
+    ax = plot_overlap_over_training(r); assert len(ax.lines) == 5 and [len(l.get_xdata()) for l in ax.lines] == [3, 3, 3, 3, 2]
+    assert not plot_overlap_curve(made_up(ks=KS, trusted=np.ones((3, 2, 1, 5)))).collections[0].get_label().startswith("not") and ax.get_title()
+
+
+def test_thresholds_of_some_mask_sizes():
+    r = made_up(ks=KS); ax = plot_spectrum(r, 50, "train", k=40); lam = r.eigvals[1, 0]; line, pos, neg, cut = ax.lines
+    assert ax.get_xscale() == ax.get_yscale() == "log" and (line.get_xdata() == KS).all() and (line.get_ydata() == abs(lam)).all() and cut.get_ydata()[0] == abs(lam[2])
+    assert pos.get_xdata().tolist() == np.array(KS)[lam > 0].tolist() and neg.get_xdata().tolist() == np.array(KS)[lam < 0].tolist()
+    for f in (plot_spectrum, plot_overlap_over_training):
+        with pytest.raises(ValueError, match="k = 41 is not in the record; it has mask sizes 3, 10, 40, 150, 600"): f(r, k=41)
+
+
+def test_cells_that_are_about_so():
+    r = made_up(ks=KS, tables=True); h = r.half.copy(); h[:, :, 0, 0, 1] = .2*r.overlaps[:, :, 0, 0, 1] + 1e-9; h[:, :, 0, 0, 0] = 0; ax = plot_overlap_table(replace(r, half=h))
+    said = {tuple(int(v) for v in t.get_position()): t.get_text() for t in ax.texts}; assert said[0, 1].startswith("~") and said[0, 1][1:] == f"{r.overlaps[2, 1, 0, 0, 1]:.2f}".removeprefix("0") and "~" not in said[0, 0]
+    assert not any("~" in t.get_text() for t in plot_overlap_table(made_up(tables=True)).texts)

@@ -2,19 +2,22 @@
 import json, os, re, zipfile
 from dataclasses import FrozenInstanceError, fields, replace
 import numpy as np, pytest
-from hessian_overlap.record import ARRAYS, TABLES, OverlapRecord, RecordError, compare, table_ks, table_row, write_atomic
+from hessian_overlap.record import ALL, ARRAYS, OverlapRecord, RecordError, compare, table_header, table_ks, table_row, write_atomic
 from made import made_up
 
 
-def bits(r): return {name: (getattr(r, name).tobytes(), getattr(r, name).dtype, getattr(r, name).shape) for name in (ARRAYS | TABLES if r.has_tables else ARRAYS)}
+KS = [3, 10, 40, 150, 600]
+
+def bits(r): return {name: (getattr(r, name).tobytes(), getattr(r, name).dtype, getattr(r, name).shape) for name in ALL if getattr(r, name) is not None}
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(k=1), dict(k=60, n=60), dict(R=0), dict(steps=(7,)), dict(splits=("test",)), dict(method="seigh"), dict(k=350, n=7030), dict(tables=True), dict(tables=True, R=0)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(k=1), dict(k=60, n=60), dict(R=0), dict(steps=(7,)), dict(splits=("test",)), dict(method="seigh"), dict(k=350, n=7030), dict(tables=True), dict(tables=True, R=0),
+                                dict(ks=KS), dict(ks=KS, tables=True), dict(ks=[1000], n=1000), dict(ks=range(1, 9))], ids=str)
 def test_loads_back_bit_equal(kw, tmp_path):
     r = made_up(**kw); s = OverlapRecord.load(r.save(tmp_path/"a"))
     assert bits(r) == bits(s) and compare(r, s) == {} and compare(r, s, ignore=()) == {}
     for f in fields(r):
-        if f.name not in ARRAYS | TABLES: assert getattr(r, f.name) == getattr(s, f.name), f.name
+        if f.name not in ALL: assert getattr(r, f.name) == getattr(s, f.name), f.name
     s.save(tmp_path/"b")
     for f in ("record.json", "record.npz"): assert (tmp_path/"a"/f).read_bytes() == (tmp_path/"b"/f).read_bytes()
 
@@ -26,7 +29,7 @@ def test_strange_floats_survive(tmp_path):
 
 def test_nothing_is_pickled(tmp_path):
     made_up().save(tmp_path)
-    with np.load(tmp_path/"record.npz", allow_pickle=False) as z: assert sorted(z.files) == sorted(ARRAYS) and all(z[f].dtype != object for f in z.files)
+    with np.load(tmp_path/"record.npz", allow_pickle=False) as z: assert sorted(z.files) == sorted(set(ARRAYS) - {"ks"}) and all(z[f].dtype != object for f in z.files)
 
 
 def test_frozen():
@@ -42,7 +45,7 @@ def test_a_record_does_not_share_its_arrays():
 
 
 @pytest.mark.parametrize("change, says", [
-    (dict(eigvals=np.zeros((3, 2, 59))), r"eigvals has shape \(3, 2, 59\); expected k = 60"), (dict(train_loss=np.zeros(4)), "train_loss.*S = 3"),
+    (dict(eigvals=np.zeros((3, 2, 59))), r"eigvals has shape \(3, 2, 59\); expected K = 60"), (dict(train_loss=np.zeros(4)), "train_loss.*S = 3"),
     (dict(matvecs=np.zeros((3, 3))), "P = 2"), (dict(steps=[0, 50, 50]), "increase"), (dict(steps=[]), "S = 0|increase"), (dict(k=61), "k = 61"),
     (dict(n=59), "1 ≤ k ≤ n"), (dict(settings=dict(tol=np.nan)), "plain JSON"), (dict(settings=dict(a=object())), "plain JSON"), (dict(best=np.zeros(3)), "shape"),
     (dict(splits=("train",)), "P = 1")], ids=lambda o: "" if isinstance(o, str) else ",".join(o))
@@ -71,7 +74,7 @@ def test_any_flipped_byte_is_found(tmp_path):
     (lambda d: (d/"record.npz").write_bytes(b""), "record.npz is damaged"), (lambda d: (d/"record.json").write_text(""), "not the JSON"),
     (lambda d: (d/"record.json").write_text("[1]"), "not the JSON"), (lambda d: (d/"record.json").write_text("{}"), "not the JSON"),
     (lambda d: (d/"record.json").write_bytes(b"\xff\xfe"), "not the JSON"), (lambda d: (d/"record.json").write_text('{"schema": "x"}'), "schema"),
-    (lambda d: (d/"record.json").write_text('{"schema": 1}'), "sha256"), (lambda d: (d/"record.json").write_text('{"schema": 2, "new": 1}'), "schema 2.*reads up to 1: update"),
+    (lambda d: (d/"record.json").write_text('{"schema": 1}'), "sha256"), (lambda d: (d/"record.json").write_text('{"schema": 3, "new": 1}'), "schema 3.*reads up to 2: update"),
     (lambda d: ((d/"record.json").unlink(), (d/"record.json").mkdir()), "cannot be read")], ids=range(11))
 def test_damaged_records_give_one_sentence(spoil, says, tmp_path):
     made_up().save(tmp_path); spoil(tmp_path)
@@ -167,3 +170,50 @@ def test_looking_up_tables():
     assert (r.curve("layerwise", 50, "train") == r.extra[1, 0, 0]).all() and list(compare(r, made_up()))[0] == "orders"
     for f, says in [(lambda: r.cell("mine"), "mask 'mine' is not in the tables; they have magnitude"), (lambda: r.cell("best", 61), "mask size 61"), (lambda: r.cell("best", m, 5), "rank 5")]:
         with pytest.raises(ValueError, match=says): f()
+
+
+# ------------------------------------------------------------------------------------------------ estimates: some mask sizes, with intervals
+
+def test_some_mask_sizes():
+    r = made_up(ks=KS, tables=True); i = r.at(50, "train")
+    assert r.k == 600 and not r.every_size and r.has_intervals and r.schema == 2 and (r.chance == np.array(KS)/1000).all() and [r.place(k) for k in (3, 40, None)] == [0, 2, 4]
+    assert r.masks == ("magnitude", "random", "layerwise") and r.chance_std(40, 40) is None and r.cell("layerwise", 40, 150)[0] == 2
+    low, high, trusted = r.interval("layerwise", 50, "train"); assert (low == r.low[i][1]).all() and (high == r.high[i][1]).all() and trusted.tolist() == [True]*3 + [False]*2
+    assert r.interval("random") is r.interval("best") is None and made_up(tables=True).interval() is None and (made_up().place(7), made_up().schema) == (6, 1)
+    for f, says in [(lambda: r.place(4), "k = 4 is not in the record; it has mask sizes 3, 10, 40, 150, 600"), (lambda: r.place(0), "k = 0"), (lambda: r.curve("best"), "no best masks: slq knows no eigenvectors"),
+                    (lambda: r.cell("best"), "mask 'best' is not in the tables"), (lambda: made_up().place(61), "mask sizes 1 to 60")]:
+        with pytest.raises(ValueError, match=says): f()
+
+
+@pytest.mark.parametrize("change, says", [(dict(ks=[3, 10, 40, 150, 601]), "expected k = 600 at the end, got .40, 150, 601"), (dict(ks=[0, 10, 40, 150, 600]), "ascend from 1"), (dict(ks=[3, 40, 10, 150, 600]), "ascend"),
+    (dict(ks=KS[1:]), "expected K = 4"), (dict(ks=None), "expected K = 600"), (dict(low=None), "all of its intervals or none; low is missing"), (dict(high=np.zeros((3, 2, 1, 5))), "J = 2"), (dict(k=150), "expected k = 150"), (dict(half=np.zeros((3, 2, 3, 1, 1))), "half has shape"), (dict(low=None, high=None, trusted=None), "half is of the tables of an estimate")], ids=str)
+def test_mask_sizes_that_do_not_fit(change, says):
+    with pytest.raises(RecordError, match=says) as e: replace(made_up(ks=KS, tables=True), **change)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("ks, shown", [(KS, [10, 40, 600]), ([5], [5]), ([2, 7], [2, 7]), (range(1, 101), [50, 100]), ([7, 10, 20, 50, 90, 200, 700], [20, 90, 700])], ids=str)
+def test_mask_sizes_in_the_table(ks, shown):
+    assert table_ks(list(ks)[-1], list(ks)) == shown and all(f"k={k}" in table_header(list(ks)[-1], list(ks)) for k in shown)
+
+
+def test_a_table_of_estimates():
+    r = made_up(ks=KS); lines = r.table().splitlines(); head, last = re.split(r"\s{2,}|(?<=\d) (?=k=)", lines[0].strip()), lines[-1].split()
+    assert len(lines) == 2 + 6 + 1 and "not resolved" in lines[-1]; last = lines[-2].split(); assert last.pop() == "*"
+    for o, want in [("λ3", f"{r.eigvals[2, 1, 0]:#.4g}"), ("λ600", f"{r.eigvals[2, 1, -1]:.3e}"), ("k=40", f"{r.magnitude[2, 1, 2]:.4f}"), ("±", f"{(r.high - r.low)[2, 1, 0, -1]/2:.4f}"),
+                    ("chance", "0.6000"), ("ratio", f"{r.magnitude[2, 1, -1]/.6:.2f}")]: assert last[head.index(o)] == want, o
+    assert f"in [{r.low[2, 1, 0, -1]:.4f}, {r.high[2, 1, 0, -1]:.4f}]" in repr(r) and "λ at 3" in r._repr_markdown_() and "*" not in replace(r, converged=np.ones((3, 2))).table()
+
+
+def test_the_committed_record_is_read_and_written_as_it_was(root, tmp_path):
+    "Version 1 of the files, from before there were mask sizes and intervals"
+    at = root/"nbs/records/mnist_mini"; r = OverlapRecord.load(at); was = json.loads((at/"record.json").read_text()); r.save(tmp_path); now = json.loads((tmp_path/"record.json").read_text())
+    assert was["schema"] == 1 and r.every_size and (r.ks == np.arange(1, 351)).all() and not r.has_intervals
+    assert {k: v for k, v in was.items() if "sha256" not in k} == {k: v for k, v in now.items() if "sha256" not in k}
+    with np.load(at/"record.npz") as a, np.load(tmp_path/"record.npz") as b: assert a.files == b.files and all(a[f].tobytes() == b[f].tobytes() and a[f].dtype == b[f].dtype for f in a.files)
+
+
+def test_records_of_two_methods_are_compared():
+    a, b = made_up(k=600), made_up(ks=KS); d = compare(a, b)
+    assert d["ks"] == ((600,), (5,)) and d["method"] == ("eigsh", "slq") and d["magnitude"] == ((3, 2, 600), (3, 2, 5)) and {"low", "high", "trusted", "schema"} <= d.keys() and compare(b, made_up(ks=KS)) == {}
+    assert compare(b, replace(b, high=b.high + .5))["high"] == pytest.approx(.5)
