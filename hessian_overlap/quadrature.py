@@ -13,7 +13,7 @@ from .krylov import BlockLanczos, _resume
 from .sketch import _check_problem
 
 # %% auto #0
-__all__ = ['SpectralDensity', 'spectral_density', 'OverlapEstimate', 'overlap_slq']
+__all__ = ['SHARE', 'SpectralDensity', 'spectral_density', 'OverlapEstimate', 'cut_nodes', 'overlap_slq']
 
 # %% ../nbs/23_quadrature.ipynb #aa5b4397
 class SpectralDensity(NamedTuple):
@@ -61,15 +61,16 @@ def spectral_density(
     counts = torch.where(exact[:,None], 1., W.square())
     return SpectralDensity(state.n, theta, counts, exact, dict(matvecs=state.matvecs, num_probes=counts.shape[1], num_steps=state.steps, seed=state.seed, state=state))
 
-# %% ../nbs/23_quadrature.ipynb #c55a8566
+# %% ../nbs/23_quadrature.ipynb #d6d32a40
 def _mean_error(x): return x.mean(-1), x.std(-1)/x.shape[-1]**.5
 
 @patch
 def count(self:SpectralDensity,
-    tau:float, # at least 0
+    tau:float, # in units of λ
+    signed:bool=False, # count by λ instead of |λ|
 )->tuple[float,float]: # number of eigenvalues, and its standard error
-    "Number of eigenvalues with |λ| at least tau"
-    m,e = _mean_error(self.counts[self.nodes.abs()>=tau].sum(0))
+    "Number of eigenvalues with |λ| at least tau, or with λ at least tau"
+    m,e = _mean_error(self.counts[(self.nodes if signed else self.nodes.abs())>=tau].sum(0))
     return m.item(), e.item()
 
 @patch
@@ -83,17 +84,22 @@ def threshold(self:SpectralDensity,
     at = lambda c: self.nodes[o[min(len(o)-1, int((c<k).sum()))]].abs().item()
     return at(m), at(m-2*e), at(m+2*e)
 
+@patch(as_prop=True)
+def width(self:SpectralDensity)->float: # in units of λ
+    "Standard deviation that density smooths with by itself: range of the nodes over twice the number of steps, which is what quadrature resolves"
+    return ((self.nodes[-1]-self.nodes[0])/(2*self.info['num_steps'])).item()
+
 @patch
 def density(self:SpectralDensity,
     x:Tensor, # (g,) where, in units of λ
-    width:float|None=None, # standard deviation of the Gaussians; None: range of the nodes over twice the number of steps, which is what quadrature resolves
+    width:float|None=None, # standard deviation of the Gaussians; None: width
 )->Tensor: # (g,) float64, per unit of λ; its integral is 1
     "Density of eigenvalues, smoothed"
-    width = width or ((self.nodes[-1]-self.nodes[0])/(2*self.info['num_steps'])).item()
+    width = width or self.width
     G = torch.exp(-((x.double()[:,None]-self.nodes)/width)**2/2)/(width*math.sqrt(2*math.pi))
     return G @ self.counts.mean(1)/self.counts.mean(1).sum()
 
-# %% ../nbs/23_quadrature.ipynb #752a84df
+# %% ../nbs/23_quadrature.ipynb #5d2ebae7
 class OverlapEstimate(NamedTuple):
     "Overlaps of the first k parameters of an ordering with the k leading eigenvectors, estimated"
     ks:Tensor # (K,) int64
@@ -102,7 +108,7 @@ class OverlapEstimate(NamedTuple):
     resolution:Tensor # (K,) float64: change from three quarters of the steps to all
     low:Tensor # (K,) float64, lower end of the interval, at least 0
     high:Tensor # (K,) float64, upper end, at most 1
-    info:dict # matvecs, num_probes, num_steps, exact, trusted, state, groups, ...
+    info:dict # matvecs, num_probes, num_steps, exact, trusted (resolved, for each k), share (of k, in the node at the cut), state, groups, ...
     def __repr__(self):
         i = min(len(self.ks)-1, len(self.ks)//2)
         bad = int((~self.info['trusted']).sum())
@@ -139,6 +145,23 @@ def _traces(state, columns, ranks, ks, groups):
     (sums,f,E,W),pick = _sums(state, columns, ranks, ks, ks, groups), torch.arange(len(ks))
     parts = [(torch.einsum('kge,ek->kg', X, f[E]), S[pick,:,pick].permute(0, 2, 1)) for X,S in sums]
     return parts, (W[~E].square()[:,None]*f[~E][:,:,None]).sum(0), int(E.sum())
+
+# %% ../nbs/23_quadrature.ipynb #1fd98df8
+SHARE = .05 # of k eigenvalues that the node at the cut may stand for, for an overlap to be called resolved
+
+def _cut_shares(theta, counts, E, ks):
+    "Position of the node at which k eigenvalues are counted, (K,), and for what share of k it stands, (K,): 0 for an eigenvalue"
+    at = torch.where(_cuts(theta, counts, ks)>0, theta.abs()[:,None], torch.inf).argmin(0)
+    return at, torch.where(E[at], 0., counts[at]/ks)
+
+def cut_nodes(
+    state:BlockLanczos, # info['state'] of overlap_slq
+    ks, # (K,) ranks between 1 and n - 1, ascending
+)->tuple[Tensor,Tensor]: # (K,) values, of descending magnitude, and (K,) counts over k, 0 for an eigenvalue; float64
+    "The eigenvalue, or the node that stands for some, at which k of the largest magnitude are counted; and for what share of k a node stands"
+    theta,_,W,E = _quadrature(state, state.size-state.newest)
+    at,share = _cut_shares(theta, torch.where(E, 1., W.square().mean(1)), E, torch.as_tensor(ks))
+    return theta[at], share
 
 # %% ../nbs/23_quadrature.ipynb #cdcb46f3
 def _student(df):
@@ -183,7 +206,12 @@ def _check_slq(n, order, ks, groups):
     if g.shape!=(n,) or g.dtype!=torch.int64 or g.min()<0: raise ValueError(f'groups must be ({n},) int64 labels from 0')
     return list(orders), ranks, ks, g
 
-# %% ../nbs/23_quadrature.ipynb #cb1bc5a8
+# %% ../nbs/23_quadrature.ipynb #a5be48f7
+def _trusted(o, se, res, share, chance):
+    "Whether each estimate is resolved: the steps agree within the scatter or one per cent, and no node at the cut stands for many of the k eigenvalues"
+    return (res<=torch.maximum(3*se, .01*torch.maximum(o, chance))) & (share<=SHARE)
+
+# %% ../nbs/23_quadrature.ipynb #f6b2f2e6
 def overlap_slq(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     order:Tensor|dict[str,Tensor], # (n,) int64 permutation, most important first; several by name
@@ -208,13 +236,13 @@ def overlap_slq(
     states = [_grow_probes(A, num_probes, num_steps, seed, start, progress, **kw)]
     found,exact,p = _estimate(states, ranks, ks, g)
     if tol is not None: states,(found,exact,p) = _refine(A, states, (found, exact, p), ranks, ks, g, tol, max_matvecs or 10*num_probes*num_steps, progress, kw)
-    matvecs,out = sum(s.matvecs for s in states), {}
+    matvecs,out,share = sum(s.matvecs for s in states), {}, torch.stack([cut_nodes(s, ks)[1] for s in states]).max(0).values
     for name,(o,se,res,parts) in zip(names, found):
         half = _student(max(1, p-len(states)))*se + 2*res
-        info = dict(method='slq', n=n, matvecs=matvecs, num_probes=p, num_steps=states[0].steps, exact=exact, trusted=res<=torch.maximum(3*se, .01*torch.maximum(o, ks/n)), groups=parts,
+        info = dict(method='slq', n=n, matvecs=matvecs, num_probes=p, num_steps=states[0].steps, exact=exact, trusted=_trusted(o, se, res, share, ks/n), share=share, groups=parts,
                     basis_bytes=sum(s.basis.nbytes for s in states), state=states[0], seed=seed, seconds=time.perf_counter()-began)
         out[name] = OverlapEstimate(ks, o, se, res, (o-half).clamp(min=0), (o+half).clamp(max=1), info)
-        if not info['trusted'].all(): warnings.warn(f"the overlap{f' of {name!r}' if name else ''} is not resolved at {int((~info['trusted']).sum())} of {len(ks)} values of k, first at k = {ks[~info['trusted']][0]}: the estimate still moves with the number of steps; raise num_steps", RuntimeWarning, stacklevel=2)
+        if not info['trusted'].all(): warnings.warn(f"the overlap{f' of {name!r}' if name else ''} is not resolved at {int((~info['trusted']).sum())} of {len(ks)} values of k, first at k = {ks[~info['trusted']][0]}: it still moves with the number of steps, or one node stands for many eigenvalues at the cut; raise num_steps", RuntimeWarning, stacklevel=2)
     return out if isinstance(order, dict) else out['']
 
 # %% ../nbs/23_quadrature.ipynb #efee7ca8

@@ -1,7 +1,8 @@
 "Tables: against the definitions, for every dtype, mask size and rank."
 import numpy as np, pytest, torch, warnings
 from hessian_overlap import Mask, Partition, best_order, mask_overlap, overlap_record, random_order
-from hessian_overlap.tables import best_table, chance_std, cut_nodes, eigenspace_tables, grid, layer_table, leverage_var, quadrature_tables
+from hessian_overlap.quadrature import cut_nodes
+from hessian_overlap.tables import best_table, chance_std, eigenspace_tables, grid, layer_table, leverage_var, quadrature_tables
 
 
 def space(n, k, dtype=torch.float64): return torch.linalg.qr(torch.randn(n, k, dtype=dtype, generator=torch.Generator().manual_seed(n + k))).Q
