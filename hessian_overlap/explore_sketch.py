@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SHADES', 'MARKS', 'SHOWN', 'Cancelled', 'sketch_errors', 'SketchExplorer', 'explore_sketch']
 
-# %% ../nbs/53_explore_sketch.ipynb #12efa3fe
+# %% ../nbs/53_explore_sketch.ipynb #01031b60
 import html, threading, time, matplotlib as mpl, matplotlib.style, numpy as np, torch, ipywidgets as W, warnings
 from fastcore.basics import patch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,7 +17,7 @@ from .sketch import seigh
 from .krylov import eigsh
 from .overlap import overlap_curve
 from .masks import best_order, magnitude_order
-from .explore import Explorer, control
+from .explore import DPI, WIDE, Explorer, control
 
 # %% ../nbs/53_explore_sketch.ipynb #1240b091
 class Cancelled(Exception):
@@ -120,13 +120,13 @@ def _work(self:SketchExplorer, ask):
     except Cancelled as e: self.bar.bar_style = "warning"; self.message.value = f'<div role="status">{html.escape(str(e))}</div>'
     finally: self.start.disabled, self.cancel.disabled = False, True
 
-# %% ../nbs/53_explore_sketch.ipynb #12589914
+# %% ../nbs/53_explore_sketch.ipynb #31df8c7d
 SHOWN = 6
 
 @patch
 def _setup(self:SketchExplorer):
     "Make the figure and its artists"
-    self.fig = Figure(figsize=(10.4, 3.7), dpi=92, facecolor="white"); FigureCanvasAgg(self.fig)
+    self.fig = Figure(figsize=(WIDE, 3.7), dpi=DPI, facecolor="white"); FigureCanvasAgg(self.fig)
     self._ax = ax = self.fig.subplots(1, 3); self.fig.subplots_adjust(left=.065, right=.985, bottom=.14, top=.9, wspace=.24)
     j, lam = np.arange(1, self.k + 1), self.exact[0].numpy(); n = self.A.shape[0]
     ax[0].plot(j, np.abs(lam), color="0.15", lw=1.2, label="exact"); ax[2].plot(j, self.truth, color="0.15", lw=1.2, label="exact"); ax[2].plot(j, j/n, color="0.15", ls=":", label="chance k/n")
