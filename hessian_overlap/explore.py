@@ -276,7 +276,7 @@ def state(self:OverlapExplorer)->dict: # x, curves, chance, std, value, at: what
         s["cell"] = cell = r.cell(mask, near(r.sizes, m), near(r.ranks, q)); s["layers"] = layer_bars(r, i, p, *cell)
     return s
 
-# %% ../nbs/51_explore.ipynb #836f07d3
+# %% ../nbs/51_explore.ipynb #2f98f5cc
 @patch
 def draw(self:OverlapExplorer):
     "Move the artists to the state of the controls, render them into `.image`, and say the numbers in `.label`"
@@ -301,7 +301,8 @@ def draw(self:OverlapExplorer):
     if r.has_tables: titles += [f"overlap of the {mask} mask", f"layers at m = {r.sizes[s['cell'][1]]}, r = {r.ranks[s['cell'][2]]}"]
     for t, said in zip(self._titles, titles): t.set_text(said)
     slow = [self._titles[0], self._titles[3], self._band, *self._curves.values(), *self._ratios.values(), self._chance, *self._signs.values(), *([self._heat] if r.has_tables else [])]
-    self.render(slow, (step, split, mask, "tied" if self.tied.value else s["q"])); self._say(s)
+    if self.tied.value and r.has_tables: slow += [self._titles[4], *self._bars, self._dash]   # of the nearest point of the grid
+    self.render(slow, (step, split, mask, s["cell"] or "tied" if self.tied.value else s["q"])); self._say(s)
 
 @patch
 def _draw_tables(self:OverlapExplorer, s):
