@@ -91,7 +91,7 @@ def figure(self:Explorer,
     with mpl.style.context("default"): self.fig.savefig(buf, format=kind, dpi=200, facecolor="white")
     return buf.getvalue()
 
-# %% ../nbs/51_explore.ipynb #e1483b89
+# %% ../nbs/51_explore.ipynb #60fda337
 @patch
 def csv(self:Explorer)->str: # one line a number: panel, series, x, y
     "The numbers that are shown"
@@ -107,7 +107,7 @@ def offer(self:Explorer,
     if kind == "code": self.out.value = f"<pre>{html.escape(self.code())}</pre>"; return
     data = self.csv().encode() if kind == "csv" else self.figure(kind); mime = dict(png="image/png", pdf="application/pdf", csv="text/csv")[kind]
     name = f"{self.name()}.{kind}"
-    self.out.value = f'<a download="{html.escape(name)}" href="data:{mime};base64,{base64.b64encode(data).decode()}">{html.escape(name)}</a> ({len(data)/1e3:.0f} kB)'
+    self.out.value = f'<a style="color:var(--jp-content-link-color, #0057a8);text-decoration:underline" download="{html.escape(name)}" href="data:{mime};base64,{base64.b64encode(data).decode()}">{html.escape(name)}</a> ({len(data)/1e3:.0f} kB)'
 
 @patch
 def save(self:Explorer,
@@ -217,7 +217,7 @@ def _setup_right(self:OverlapExplorer, r, right, dot):
         right.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     self._moving += [*self._ratios.values(), self._level, self._over, self._over_dot]
 
-# %% ../nbs/51_explore.ipynb #30764a07
+# %% ../nbs/51_explore.ipynb #409f69a8
 @patch
 def _setup_spectrum(self:OverlapExplorer, r, ax):
     self._signs = {s: ax.plot([], [], ls="none", ms=2.5 if s == "positive" else 3.5, mew=.6, label=s, **LOOKS[s])[0] for s in ("positive", "negative")}
@@ -243,7 +243,7 @@ def _scale(self:OverlapExplorer, tied):
     "Limits of the two upper panels: all sizes up to k, or up to n"
     r, left, right = self.record, self._left, self._right
     left.set(xscale="linear" if tied else "log", xlim=(1, max(2, r.k)) if tied else (r.sizes[0]*.9, max(r.n, 2)*1.05), xlabel="mask size k = rank" if tied else "mask size m")
-    high = min(1, 1.05*max(r.best.max(), r.extra.max(initial=0) if r.has_tables else 0)) or 1 if tied else 1.02
+    high = 1.36*max(r.best.max(), r.extra.max(initial=0) if r.has_tables else 0) or 1 if tied else 1.02   # with room for the legend
     left.set_ylim(0, high)
     if self._ratios: self._scale_ratios(tied)
     else: right.set_ylim(0, high)

@@ -120,7 +120,7 @@ def _work(self:SketchExplorer, ask):
     except Cancelled as e: self.bar.bar_style = "warning"; self.message.value = f'<div role="status">{html.escape(str(e))}</div>'
     finally: self.start.disabled, self.cancel.disabled = False, True
 
-# %% ../nbs/53_explore_sketch.ipynb #31df8c7d
+# %% ../nbs/53_explore_sketch.ipynb #0e29abe7
 SHOWN = 6
 
 @patch
@@ -137,7 +137,7 @@ def _setup(self:SketchExplorer):
     for a, t in zip(ax, ("eigenvalues", "eigenspace: 1 − overlap with the exact one", "what one wants to know")):
         a.set_xlim(.5, self.k + .5); a.set_xlabel("rank j", fontsize=9); a.set_title(t, fontsize=9); a.tick_params(labelsize=8); a.yaxis.label.set_size(9)
     for m in METHODS: ax[1].plot([], [], color=SHADES[m], marker=MARKS[m], lw=1, ms=4, label=m)
-    ax[1].legend(fontsize=7.5, loc="lower left", ncols=2); ax[0].legend(fontsize=8, loc="lower left"); ax[2].legend(fontsize=8, loc="upper left")
+    ax[1].legend(fontsize=7.5, loc="center left", ncols=2); ax[0].legend(fontsize=8, loc="lower left"); ax[2].legend(fontsize=8, loc="upper left")
     self.stage([o for row in self._lines for o in row])
 
 @patch
