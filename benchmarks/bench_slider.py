@@ -86,10 +86,10 @@ def notebook(cells):
 
 
 def run_cell(lab, number):
-    "Run the selected cell and go to the next; a key that comes before the kernel is ready is lost"
+    "Select a cell and run it; a key that comes before the kernel is ready is lost"
     for attempt in range(5):
-        lab.page.keyboard.press('Shift+Enter')
-        try: lab.page.wait_for_function("n => document.querySelectorAll('.jp-InputPrompt')[n].innerText.includes(`[${n + 1}]`)", arg=number, timeout=20_000); return
+        lab.page.locator('.jp-Notebook .jp-Cell').nth(number).click(); lab.page.keyboard.press('Escape'); lab.page.keyboard.press('Control+Enter')
+        try: lab.page.wait_for_function("n => /\\[\\d+\\]/.test(document.querySelectorAll('.jp-InputPrompt')[n].innerText)", arg=number, timeout=20_000); return
         except Exception:
             if attempt == 4: raise
 
@@ -100,7 +100,7 @@ def drive(folder, artefacts, steps):
     own = folder/'kernel.json'; root = folder/'lab'; root.mkdir(); record().save(root/'run')
     (root/'slider.ipynb').write_text(notebook([IMPORT, OPEN.replace('OUT', repr(str(own)))]), encoding='utf-8')
     with open_notebook('slider.ipynb', artefacts, root=root) as lab:
-        lab.page.locator('.jp-Notebook .jp-Cell').first.click(); lab.page.keyboard.press('Escape'); run_cell(lab, 0); lab.page.wait_for_timeout(2000)
+        run_cell(lab, 0); lab.page.wait_for_timeout(2000)
         lab.page.evaluate(FIRST); run_cell(lab, 1)
         lab.page.wait_for_function('opened'); opened = lab.page.evaluate('opened'); lab.settle(2); assert not lab.errors(), lab.errors()
         lab.page.evaluate(WATCH); lab.control('mask size k', '.noUi-handle').focus()
