@@ -30,9 +30,10 @@ def _notebook(title, *cells):
     cells = [cell(0, "markdown", f"# {title}"), *(cell(i + 1, "code", "\n".join(c)) for i, c in enumerate(cells))]
     return dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), nbformat=4, nbformat_minor=5)
 
-# %% ../nbs/54_app.ipynb #8e6d1949
+# %% ../nbs/54_app.ipynb #9ff17794
 def _need_voila():
-    if find_spec("voila") is None: raise ValueError("the app needs Voila, which is not installed: `pip install voila`; in a notebook, explore_overlap(RUN) needs no app")
+    if not all(find_spec(o) for o in ("voila", "ipykernel")): raise ValueError(
+        "the app needs Voila and a kernel for it, which are not installed: `pip install voila ipykernel`; in a notebook, explore_overlap(RUN) needs no app")
 
 def _free(port):
     "The port asked for, if nobody listens there, or a free one for 0"

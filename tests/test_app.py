@@ -11,9 +11,11 @@ from made import made_up
 def run(tmp_path_factory): return made_up(k=40, steps=(0, 50, 100, 200), tables=True).save(tmp_path_factory.mktemp("app")/"my run")
 
 
-def test_voila_is_not_there(run, monkeypatch, capfd):
-    monkeypatch.setattr(app, "find_spec", lambda name: None); assert main(["explore", str(run)]) == 2
-    err = capfd.readouterr().err; assert "the app needs Voila, which is not installed: `pip install voila`" in err and err.count("\n") == 1
+@pytest.mark.parametrize("gone", ["voila", "ipykernel"])
+def test_voila_is_not_there(run, monkeypatch, capfd, gone):
+    "Voila alone does not bring a kernel"
+    monkeypatch.setattr(app, "find_spec", lambda name: name != gone); assert main(["explore", str(run)]) == 2
+    err = capfd.readouterr().err; assert "the app needs Voila and a kernel for it, which are not installed: `pip install voila ipykernel`" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("args, says", [(["nowhere"], "record.json is not there"), ([], "the following arguments are required: run")])
