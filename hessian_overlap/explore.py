@@ -144,7 +144,7 @@ class OverlapExplorer(Explorer):
         at = f"k={self.k.value}" if self.tied.value else f"size={self.size.value}, rank={self.rank.value}"
         return f"OverlapExplorer({self.record.problem}, {at}, step={self.step.value}, split={self.split.value}, mask={self.mask.value})"
 
-# %% ../nbs/51_explore.ipynb #00502573
+# %% ../nbs/51_explore.ipynb #cc79c57f
 @patch
 def show(self:OverlapExplorer,
     record:OverlapRecord, # another one
@@ -158,6 +158,7 @@ def show(self:OverlapExplorer,
         for c, v in ((self.size, r.sizes), (self.rank, r.ranks)): c.options = v.tolist(); c.value = r.k
     self.step.options = r.steps.tolist(); self.step.value = int(r.steps[-1])
     self.split.options = list(r.splits); self.split.value = r.splits[-1]
+    for c in (self.step, self.split): c.layout.display = None if len(c.options) > 1 else "none"   # no choice, no control
     self.mask.options = list(r.masks); self.mask.value = "magnitude"
     with mpl.style.context("default"): self._setup()   # dark text on white, whatever style the session has
     self.quiet = False; self._free()

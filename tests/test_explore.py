@@ -80,7 +80,8 @@ def test_a_single_step_shows_multiples_of_chance():
     assert at() == (10, r.curve()[9]/r.chance[9]) and low < min(r.curve(m)[9] for m in r.masks)/r.chance[9] and max(r.curve(m)[9] for m in r.masks)/r.chance[9] < high
     assert "ratio to chance,best mask,10," in e.csv() and "over training" not in e.csv()
     e.tied.value = False; e.size.value, e.rank.value = 8, 40; assert np.isclose(at()[1], r.overlaps[r.at()][r.cell("magnitude", 8, 40)]*r.n/40) and e._right.get_xscale() == "log"
-    assert not explore_overlap(made_up(steps=(0, 1)))._ratios
+    assert e.step.layout.display == "none" and e.split.layout.display is None
+    e.show(made_up(steps=(0, 1))); assert not e._ratios and e.step.layout.display is None
 
 
 def test_the_palette_is_near_the_figure(r):
