@@ -182,8 +182,10 @@ COLUMNS = re.compile(r'\S {2,}\S.*? {2,}\S')
 def wrap_sentences(site):
     "Mark the long printed lines that may be wrapped: not those of a table, which has columns apart by several spaces"
     def mark(m):
-        long = lambda line: len(html.unescape(line)) > 40 and not COLUMNS.search(line)
-        return m[1] + '\n'.join(f'<span class="long">{line}</span>' if long(line) else line for line in m[2].split('\n')) + m[3]
+        lines = m[2].split('\n'); rows = [False, *(bool(COLUMNS.search(line)) for line in lines), False]
+        table = [rows[i] and (rows[i - 1] or rows[i + 1]) for i in range(1, len(rows) - 1)]
+        long = lambda line, row: len(html.unescape(line)) > 40 and not row
+        return m[1] + '\n'.join(f'<span class="long">{line}</span>' if long(line, row) else line for line, row in zip(lines, table)) + m[3]
     for p in site.rglob('*.html'):
         text = p.read_text(encoding='utf-8'); p.write_text(PRINTED.sub(mark, text), encoding='utf-8')
 
