@@ -31,10 +31,11 @@ def test_site_has_no_fault(site):
 def test_printed_sentences_wrap_and_tables_do_not(tmp_path):
     from build_docs import wrap_sentences
     sentence, row, lone = 'a sentence that is printed, longer than forty characters', 'step   50   train   0.1234   and so on, as long as that', 'array [0.1   0.2   0.3   0.4   0.5   0.6   0.7   0.8   0.9]'
-    text = '\n'.join(['short', sentence, row, row, sentence, lone, 'x &lt; y'])
+    rule, wide = '-'*60, 'one name   300 matvecs, and so on, as long as a sentence'
+    text = '\n'.join(['short', sentence, row, rule, row, sentence, lone, 'x &lt; y', wide, wide])
     page = f'<p>{sentence}</p><div class="cell-output cell-output-stdout">\n<pre><code>{text}</code></pre>\n</div>'
     (tmp_path/'a.html').write_text(page); wrap_sentences(tmp_path); long = lambda s: f'<span class="long">{s}</span>'
-    assert (tmp_path/'a.html').read_text() == page.replace(text, '\n'.join(['short', long(sentence), row, row, long(sentence), long(lone), 'x &lt; y']))
+    assert (tmp_path/'a.html').read_text() == page.replace(text, '\n'.join(['short', long(sentence), row, rule, row, long(sentence), long(lone), 'x &lt; y', wide, wide]))
 
 
 def test_figures_are_lighter_only_where_no_eye_sees_it():

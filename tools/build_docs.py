@@ -176,11 +176,11 @@ def build_quarto(root, cfg):
 
 
 PRINTED = re.compile(r'(<div class="cell-output cell-output-stdout">\s*<pre><code>)(.*?)(</code></pre>)', re.S)
-COLUMNS = re.compile(r'\S {2,}\S.*? {2,}\S')
+COLUMNS = re.compile(r'\S {2,}\S|^ *[-=─]{9,}$')     # a gap in the line, or the rule below a head
 
 
 def wrap_sentences(site):
-    "Mark the long printed lines that may be wrapped: not those of a table, which has columns apart by several spaces"
+    "Mark the long printed lines that may be wrapped: not those of a table, neighbours with columns that are apart by several spaces"
     def mark(m):
         lines = m[2].split('\n'); rows = [False, *(bool(COLUMNS.search(line)) for line in lines), False]
         table = [rows[i] and (rows[i - 1] or rows[i + 1]) for i in range(1, len(rows) - 1)]
