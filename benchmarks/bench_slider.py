@@ -42,13 +42,13 @@ def record(steps=11, k=500, R=10, seed=0):
 IMPORT = """import json, time
 from hessian_overlap import explore_overlap"""
 OPEN = """start = time.perf_counter(); e = explore_overlap('run'); opened = time.perf_counter() - start
-def timed(name, spent):
+def timed(name, spent, busy):
     f = getattr(e, name)
     def g(*args, **kw):
-        start = time.perf_counter(); f(*args, **kw); spent.append(1000*(time.perf_counter() - start))
-        with open(OUT, 'w') as out: json.dump(dict(opened=opened, bytes=len(e.image.value), draw=draws, render=renders), out)
+        start, cpu = time.perf_counter(), time.thread_time(); f(*args, **kw); spent.append(1000*(time.perf_counter() - start)); busy.append(1000*(time.thread_time() - cpu))
+        with open(OUT, 'w') as out: json.dump(dict(opened=opened, bytes=len(e.image.value), draw=draws, cpu=cpus, render=renders), out)
     setattr(e, name, g)
-draws, renders = [], []; timed('render', renders); timed('draw', draws)
+draws, cpus, renders = [], [], []; timed('render', renders, []); timed('draw', draws, cpus)
 e"""
 
 # in the page: from the key that runs a cell to the first figure in its output
@@ -122,10 +122,10 @@ def main():
                python=platform.python_version(), **{p: version(p) for p in ('jupyterlab', 'ipywidgets', 'matplotlib', 'pillow', 'playwright')}),
                record=dict(n=11_689_512, k=500, steps=11, splits=2, layers=62, file_bytes=size),
                slider=dict(steps=len(ms), ms=[round(v, 1) for v in ms], median_ms=median(ms), worst_ms=round(max(ms), 1), legs_ms={k: median(s[b] - s[a] for s in steps) for k, (a, b) in legs.items()},
-                           kernel_draw_ms=median(kernel['draw']), of_it_render_ms=median(kernel['render']), png_bytes=kernel['bytes'], messages=median(s['messages'] for s in steps), message_bytes=median(s['bytes'] for s in steps)),
+                           kernel_draw_ms=median(kernel['draw']), of_it_processor_ms=median(kernel['cpu']), of_it_render_ms=median(kernel['render']), png_bytes=kernel['bytes'], messages=median(s['messages'] for s in steps), message_bytes=median(s['bytes'] for s in steps)),
                opening=dict(explore_overlap_s=round(kernel['opened'], 2), cell_to_explorer_s=round(opened/1000, 2)))
     s, o = out['slider'], out['opening']
-    print(f"a step of the slider: median {s['median_ms']} ms of {s['steps']}, worst {s['worst_ms']}; {s['kernel_draw_ms']} of it the kernel draws; load {load[0]:.1f}")
+    print(f"a step of the slider: median {s['median_ms']} ms of {s['steps']}, worst {s['worst_ms']}; {s['kernel_draw_ms']} of it the kernel draws ({s['of_it_processor_ms']} of the processor); load {load[0]:.1f}")
     print('  ' + ', '.join(f'{k} {v}' for k, v in s['legs_ms'].items()) + f"; {s['messages']:.0f} messages, {s['message_bytes']/1e3:.0f} kB, the figure {s['png_bytes']/1e3:.0f} kB")
     print(f"the record ({size/1e6:.1f} MB) opens in {o['explore_overlap_s']} s, from running the cell to the explorer {o['cell_to_explorer_s']} s")
     a.out.parent.mkdir(parents=True, exist_ok=True); a.out.write_text(json.dumps(out, indent=1) + '\n'); print('written to', a.out)
