@@ -8,7 +8,7 @@ JOBS ?= 2
 # two notebooks on two busy cores are ten times slower when each of them starts two OpenMP threads
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help env env-dev run test lab docs export notebooks readme clean
+.PHONY: help env env-dev run explore test lab docs export notebooks readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ env-dev: .venv/.dev-ready
 
 run: env ## train the small MNIST network and measure its overlaps; ARGS="--k 100 --seed 1" is passed on
 	.venv/bin/hessian-overlap run mnist_mini --out runs/mnist_mini $(ARGS)
+
+explore: env ## sliders over a finished run, in the browser; RUN=folder for another than runs/mnist_mini
+	@$(PY) -c 'import voila, ipykernel' 2>/dev/null || { echo 'installing voila and ipykernel'; $(PY) -m pip install -qq 'voila>=0.5.8,<0.6' ipykernel; }
+	.venv/bin/hessian-overlap explore $(or $(RUN),runs/mnist_mini)
 
 test: env-dev ## everything: exports, notebooks, laws, site, browser; ARGS="-k krylov" is passed to pytest
 	$(ONE_THREAD) MPLBACKEND=agg $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=10 --durations-min=2 $(ARGS)

@@ -217,7 +217,7 @@ class RunFolder:
         self.path = Path(path); was = None
         if self.path.is_dir():
             if finished(path) and not overwrite: raise FileExistsError(
-                f"{path} holds a finished run: `hessian-overlap show {path}` prints it; to run again choose another folder, or overwrite it with --overwrite")
+                f"{path} holds a finished run: `hessian-overlap show {path}` prints it; to run again choose another folder, or overwrite it with --overwrite (in Python overwrite=True)")
             was = read_settings(path, damaged_ok=overwrite)
             foreign = [] if was is not None else [o.name for o in self.path.iterdir() if not o.name.startswith(".")]
             if foreign: raise FileExistsError(f"{path} is not a run folder and is not empty (it has {sorted(foreign)[0]}); choose another folder")

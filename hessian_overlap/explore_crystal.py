@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CrystalExplorer', 'explore_crystallisation']
 
-# %% ../nbs/52_explore_crystal.ipynb #7d2bfd62
+# %% ../nbs/52_explore_crystal.ipynb #278a5002
 import matplotlib as mpl, matplotlib.style, numpy as np, ipywidgets as W
 from pathlib import Path
 from fastcore.basics import patch
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from .plots import LOOKS
 from .crystal import Crystallisation, crystallise
-from .explore import Explorer, control
+from .explore import DPI, WIDE, Explorer, control
 
 # %% ../nbs/52_explore_crystal.ipynb #0842bcde
 class CrystalExplorer(Explorer):
@@ -53,11 +53,11 @@ def open(self:CrystalExplorer,
     "Show the maps in a file; if it cannot be read, what was shown stays"
     self.show(Crystallisation.load(path), f"Crystallisation.load({str(path)!r})")
 
-# %% ../nbs/52_explore_crystal.ipynb #1ea94dfb
+# %% ../nbs/52_explore_crystal.ipynb #cd7d17ea
 @patch
 def _setup(self:CrystalExplorer):
     "Make the figure and its artists"
-    c = self.maps; S = len(c.steps); self.fig = Figure(figsize=(10.4, 3.7), dpi=92, facecolor="white"); FigureCanvasAgg(self.fig)
+    c = self.maps; S = len(c.steps); self.fig = Figure(figsize=(WIDE, 3.7), dpi=DPI, facecolor="white"); FigureCanvasAgg(self.fig)
     self._ax = ax = self.fig.subplots(1, 3, width_ratios=(1, 1, 1.1)); self.fig.subplots_adjust(left=.06, right=.985, bottom=.16, top=.88, wspace=.28)
     self._titles = [a.text(.5, 1.03, "", transform=a.transAxes, ha="center", fontsize=9) for a in ax]; self._moving, self._maps = [], []
     for a in ax[:2]:
@@ -121,15 +121,16 @@ def code(self:CrystalExplorer)->str: # Python
     i = self.maps.sizes.index(self.size.value); need = "from hessian_overlap import Crystallisation, crystallise, plot_crystallisation"
     return f"{need}\nc = {self.source}\nplot_crystallisation(c.spaces[{self.split.value!r}][{i}], c.steps, point=({self.a.value}, {self.b.value}))"
 
-# %% ../nbs/52_explore_crystal.ipynb #779f1fad
+# %% ../nbs/52_explore_crystal.ipynb #269277d0
 def explore_crystallisation(
     source, # a Crystallisation, its file, the folder of a run, or a TrainingRun
-    sizes=None, # of a run: mask sizes and ranks, ascending
+    sizes=None, # of a run: mask sizes and ranks, ascending; None: the file crystallization.json in its folder
     problem=None, # of a run: what was trained; None: made from the settings of the folder
     **kw, # of a run: seed, and what else crystallise takes
 )->CrystalExplorer: # shows itself in a notebook
     "An explorer over all pairs of steps; from a run, its eigenspaces are found first"
     if isinstance(source, Crystallisation): return CrystalExplorer(source)
+    if isinstance(source, (str, Path)) and sizes is None and (maps := Path(source)/"crystallization.json").is_file(): source = maps
     if isinstance(source, (str, Path)) and Path(source).is_file(): return CrystalExplorer(Crystallisation.load(source), f"Crystallisation.load({str(source)!r})")
     if not isinstance(source, (str, Path)) and not hasattr(source, "thetas"): raise TypeError(
         f"expected a Crystallisation, its file, a run folder or a TrainingRun, got {type(source).__name__}")

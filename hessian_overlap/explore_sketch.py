@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SHADES', 'MARKS', 'SHOWN', 'Cancelled', 'sketch_errors', 'SketchExplorer', 'explore_sketch']
 
-# %% ../nbs/53_explore_sketch.ipynb #12efa3fe
+# %% ../nbs/53_explore_sketch.ipynb #01031b60
 import html, threading, time, matplotlib as mpl, matplotlib.style, numpy as np, torch, ipywidgets as W, warnings
 from fastcore.basics import patch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,7 +17,7 @@ from .sketch import seigh
 from .krylov import eigsh
 from .overlap import overlap_curve
 from .masks import best_order, magnitude_order
-from .explore import Explorer, control
+from .explore import DPI, WIDE, Explorer, control
 
 # %% ../nbs/53_explore_sketch.ipynb #1240b091
 class Cancelled(Exception):
@@ -120,13 +120,13 @@ def _work(self:SketchExplorer, ask):
     except Cancelled as e: self.bar.bar_style = "warning"; self.message.value = f'<div role="status">{html.escape(str(e))}</div>'
     finally: self.start.disabled, self.cancel.disabled = False, True
 
-# %% ../nbs/53_explore_sketch.ipynb #12589914
+# %% ../nbs/53_explore_sketch.ipynb #0e29abe7
 SHOWN = 6
 
 @patch
 def _setup(self:SketchExplorer):
     "Make the figure and its artists"
-    self.fig = Figure(figsize=(10.4, 3.7), dpi=92, facecolor="white"); FigureCanvasAgg(self.fig)
+    self.fig = Figure(figsize=(WIDE, 3.7), dpi=DPI, facecolor="white"); FigureCanvasAgg(self.fig)
     self._ax = ax = self.fig.subplots(1, 3); self.fig.subplots_adjust(left=.065, right=.985, bottom=.14, top=.9, wspace=.24)
     j, lam = np.arange(1, self.k + 1), self.exact[0].numpy(); n = self.A.shape[0]
     ax[0].plot(j, np.abs(lam), color="0.15", lw=1.2, label="exact"); ax[2].plot(j, self.truth, color="0.15", lw=1.2, label="exact"); ax[2].plot(j, j/n, color="0.15", ls=":", label="chance k/n")
@@ -137,7 +137,7 @@ def _setup(self:SketchExplorer):
     for a, t in zip(ax, ("eigenvalues", "eigenspace: 1 − overlap with the exact one", "what one wants to know")):
         a.set_xlim(.5, self.k + .5); a.set_xlabel("rank j", fontsize=9); a.set_title(t, fontsize=9); a.tick_params(labelsize=8); a.yaxis.label.set_size(9)
     for m in METHODS: ax[1].plot([], [], color=SHADES[m], marker=MARKS[m], lw=1, ms=4, label=m)
-    ax[1].legend(fontsize=7.5, loc="lower left", ncols=2); ax[0].legend(fontsize=8, loc="lower left"); ax[2].legend(fontsize=8, loc="upper left")
+    ax[1].legend(fontsize=7.5, loc="center left", ncols=2); ax[0].legend(fontsize=8, loc="lower left"); ax[2].legend(fontsize=8, loc="upper left")
     self.stage([o for row in self._lines for o in row])
 
 @patch

@@ -225,7 +225,7 @@ def plot_interval(
     ax.set(xlabel="mask size k", ylabel="overlap with the top-k eigenspace", ylim=(0, None), title=f"{estimate.info['matvecs']} matvecs"); ax.legend()
     return ax
 
-# %% ../nbs/50_plots.ipynb #35d19fac
+# %% ../nbs/50_plots.ipynb #3d74f540
 def plot_density(
     density,            # of spectral_density
     points:int=400,     # of the curve
@@ -236,5 +236,5 @@ def plot_density(
     x = np.linspace(nodes[0] - pad, nodes[-1] + pad, points); y = density.density(density.nodes.new_tensor(x)).numpy(); ax = _axes(ax); low = .3/density.n/max(nodes[-1] - nodes[0], 1e-30)
     ax.plot(x, np.maximum(y, low), label=f"density of {density.n} eigenvalues", **LOOKS["magnitude"])
     ax.plot(nodes[density.exact.numpy()], np.full(int(density.exact.sum()), low), ls="none", marker="|", ms=12, color=LOOKS["test"]["color"], label=f"{int(density.exact.sum())} eigenvalues")
-    ax.set(yscale="log", xlabel="λ", ylabel="density per unit of λ", ylim=(low*.7, None), title=f"{density.info['matvecs']} matvecs"); ax.legend()
+    ax.set(yscale="log", xlabel="λ", ylabel="density per unit of λ", ylim=(low*.7, 30*max(y.max(), low)), title=f"{density.info['matvecs']} matvecs"); ax.legend()
     return ax

@@ -1,5 +1,5 @@
 "`hessian-overlap explore RUN`: one sentence for what is wrong, and in a browser the explorer without code."
-import importlib.util, re, time, urllib.request
+import importlib.util, re
 import pytest
 from conftest import missing
 from hessian_overlap import app
@@ -11,9 +11,11 @@ from made import made_up
 def run(tmp_path_factory): return made_up(k=40, steps=(0, 50, 100, 200), tables=True).save(tmp_path_factory.mktemp("app")/"my run")
 
 
-def test_voila_is_not_there(run, monkeypatch, capfd):
-    monkeypatch.setattr(app, "find_spec", lambda name: None); assert main(["explore", str(run)]) == 2
-    err = capfd.readouterr().err; assert "the app needs Voila, which is not installed: `pip install voila`" in err and err.count("\n") == 1
+@pytest.mark.parametrize("gone", ["voila", "ipykernel"])
+def test_voila_is_not_there(run, monkeypatch, capfd, gone):
+    "Voila alone does not bring a kernel"
+    monkeypatch.setattr(app, "find_spec", lambda name: name != gone); assert main(["explore", str(run)]) == 2
+    err = capfd.readouterr().err; assert "the app needs Voila and a kernel for it, which are not installed: `pip install voila ipykernel`" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("args, says", [(["nowhere"], "record.json is not there"), ([], "the following arguments are required: run")])
@@ -34,37 +36,78 @@ def test_the_notebook_is_a_notebook(run, tmp_path):
     space = {}; exec(nb["cells"][1]["source"], space)
 
 
-def test_in_the_browser(run, need_browser, artefacts, capsys):
-    "Slider, dropdown, tick, export, and an input that fails: its message is in the page and no traceback in the log"
+def test_maps_that_are_damaged(tmp_path, capfd):
+    folder = made_up(k=4, tables=True).save(tmp_path/"run"); (folder/"crystallization.json").write_text("{}")
+    assert main(["explore", str(folder)]) == 2; assert "is not a file of crystallisation maps" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ in a browser
+
+@pytest.fixture
+def open_app(need_browser, artefacts):
+    "open_app(serving, name) -> the page; when it is left, no traceback may be in the log, and nothing may have come from the network"
     if importlib.util.find_spec("voila") is None: missing("Voila is not installed")
-    from browser import open_browser
-    log = artefacts/"voila.log"
-    with open(log, "w") as f, app.serving(run, log=f) as (url, voila), open_browser() as browser:
-        for _ in range(240):
-            try: urllib.request.urlopen(url.rstrip("/") + "/voila/static/none", timeout=2); break
-            except urllib.error.HTTPError: break
-            except OSError: time.sleep(.25)
-        assert voila.poll() is None, log.read_text()
-        page = browser.new_page(viewport=dict(width=1400, height=1100), accept_downloads=True); page.set_default_timeout(60_000)
-        console, outside = [], []
-        page.on("console", lambda m: console.append(m.text) if m.type == "error" else None)
-        page.on("request", lambda r: outside.append(r.url) if "127.0.0.1" not in r.url and not r.url.startswith(("data:", "blob:")) and "fontawesome" not in r.url else None)   # the icons of Voila's own page
-        page.goto(url, wait_until="domcontentloaded"); page.wait_for_function("document.querySelector('.jupyter-widgets img')?.src", timeout=120_000)
-        control = lambda label, inside: page.locator(f'.widget-inline-hbox:has(> .widget-label:text-is("{label}")) {inside}').first
-        shown = lambda: page.evaluate("[document.querySelector('.jupyter-widgets img').src, [...document.querySelectorAll('[role=status]')].map(e => e.innerText).join(' ')]")
-        def act(move):
-            was, t = shown(), time.time(); move()
-            page.wait_for_function("([src, text]) => { const i = document.querySelector('.jupyter-widgets img'); const s = [...document.querySelectorAll('[role=status]')]"
-                                   ".map(e => e.innerText).join(' '); return i.src != src && s != text }", arg=was)
-            return time.time() - t
-        handle = control("mask size k", ".noUi-handle"); handle.focus(); times = [act(lambda: page.keyboard.press("ArrowLeft")) for _ in range(5)]
-        assert "top 35 of 1000" in shown()[1]
-        act(lambda: control("mask", "select").select_option(label="layerwise")); assert "layerwise mask" in shown()[1]
-        act(lambda: page.get_by_label("size = rank").uncheck()); control("rank r", ".noUi-handle").focus(); act(lambda: page.keyboard.press("ArrowLeft")); assert "top 36 directions" in shown()[1]
-        with page.expect_download() as got: page.get_by_role("button", name="CSV").click(); page.locator("a[download]").click()
-        assert got.value.suggested_filename.endswith("_layerwise.csv") and open(got.value.path()).readline() == "panel,series,x,y\n"
-        page.get_by_role("button", name="Code").click(); page.get_by_text("plot_overlap_table(r, 'layerwise'").wait_for()
-        before = shown(); box = control("open a run", "input"); box.fill("/nowhere/at/all"); box.press("Enter"); page.get_by_role("alert").filter(has_text="record.json is not there").wait_for(); assert shown() == before
-        page.screenshot(path=artefacts/"voila.png", full_page=True); assert not page.locator("text=explore_overlap(").count(), "the code shows"
+    from contextlib import contextmanager
+    from lab_driver import open_app as opened
+    @contextmanager
+    def go(serving, name):
+        with opened(serving, name, artefacts) as page:
+            yield page
+            assert not page.outside and not page.wrong and not page.errors(), (page.outside, page.wrong, page.errors())
+        log = (artefacts/f"{name}.log").read_text(); assert "Traceback" not in log, log
+    return go
+
+
+def test_overlaps_in_the_browser(run, open_app, capsys):
+    "Slider, dropdown, tick, export, and an input that fails"
+    with open_app(lambda log: app.serving(run, log=log), "voila") as e:
+        times = e.slide("mask size k", "ArrowLeft", 5); assert "top 35 of 1000" in e.shown()["text"]
+        e.choose("mask", "layerwise"); assert "layerwise mask" in e.shown()["text"]
+        e.act(lambda: e.page.get_by_label("size = rank").uncheck()); e.slide("rank r", "ArrowLeft"); assert "top 36 directions" in e.shown()["text"]
+        e.press("CSV"); name, data = e.download(); assert name.endswith("_layerwise.csv") and data.startswith(b"panel,series,x,y\n")
+        e.press("Code"); e.page.get_by_text("plot_overlap_table(r, 'layerwise'").wait_for(); before = e.settle()["figure"]
+        e.fill("open a run", "/nowhere/at/all"); e.said("alert", "record.json is not there"); assert e.settle()["figure"] == before
+        assert not e.page.locator("text=explore_overlap(").count(), "the code shows"
     with capsys.disabled(): print(f"\nexplorer as an app, ms from key to figure: {[round(1000*t) for t in times]}")
-    assert "Traceback" not in log.read_text() and not outside, (outside, console)
+
+
+def test_crystallisation_in_the_browser(tmp_path, open_app):
+    "A run folder with maps in it shows both explorers, and each follows its own controls"
+    import torch
+    from hessian_overlap import crystallisation
+    folder = made_up(k=40, tables=True).save(tmp_path/"with maps"); g = torch.Generator().manual_seed(0)
+    U = [torch.linalg.qr(torch.randn(30, 6, generator=g, dtype=torch.float64)).Q for _ in range(4)]
+    crystallisation(torch.randn(4, 30, generator=g), dict(train=U, test=U[::-1]), [0, 1, 2, 5], [3, 6], "made up").save(folder/"crystallization.json")
+    with open_app(lambda log: app.serving(folder, log=log), "voila-crystal") as e:
+        e.page.wait_for_function("document.querySelectorAll('.jupyter-widgets img').length == 2"); first = e.settle(); e.number = 1; stages = [e.settle()]; assert "steps 0 and 5" in stages[0]["text"]
+        for label, key in (("size k", "ArrowLeft"), ("first step", "ArrowRight"), ("second step", "ArrowLeft")): e.slide(label, key); stages.append(e.settle())
+        e.choose("Hessian of", "train"); stages.append(e.settle())
+        assert len({s["figure"] for s in stages}) == len({s["text"] for s in stages}) == 5 and "steps 1 and 2, k = 3" in stages[-1]["text"] and "(train Hessian)" in stages[-1]["text"]
+        e.press("PDF"); name, data = e.download(); assert name == "crystallisation_made-up_k3_step1_step2_train.pdf" and data.startswith(b"%PDF")
+        e.fill("open a file", "nowhere.json"); e.said("alert", "nowhere.json is not there"); e.number = 0; assert e.settle() == first
+
+
+SKETCH = """import time
+from hessian_overlap import LinearOperator, SynthOperator, explore_sketch, synth_eigvals
+S = SynthOperator(synth_eigvals(400, rank=1, seed=1), seed=0)
+class Slow(LinearOperator):
+    def _matmat(self, V):
+        if V.shape[1] == 13: raise FloatingPointError("thirteen columns are too many")
+        time.sleep(2 if V.shape[1] == 16 else .01); return S @ V
+explore_sketch(Slow(S.shape, S.dtype, S.device, symmetric=True), k=10, exact=(S.eigvals[:10], S.eigvecs(10)))"""
+
+
+def test_sketches_in_the_browser(open_app):
+    "Work in a thread: Run, the bar, Cancel, export, and an operator that fails"
+    nb = app._notebook("sketches", SKETCH.splitlines())
+    with open_app(lambda log: app._voila(nb, "sketches", log=log), "voila-sketch") as e:
+        filled = "parseFloat(document.querySelector('.progress-bar').style.width)"
+        e.control("recovery", "select").select_option(label="eigsh"); e.act(lambda: e.press("Run")); before = e.settle(); assert "eigsh" in before["text"] and e.page.evaluate(filled) == 100
+        e.control("recovery", "select").select_option(label="core"); e.press("Run")                  # blocks of sixteen columns, two seconds each
+        e.page.wait_for_function(f"{filled} > 30 && {filled} < 100"); e.press("Cancel")
+        e.said("status", re.compile("cancelled after [0-9]+ products; nothing of this run is kept")); assert e.settle()["figure"] == before["figure"]
+        e.control("recovery", "select").select_option(label="hmt"); e.control("sketch size", ".noUi-handle").focus()
+        for _ in range(7): e.page.keyboard.press("ArrowLeft")                                        # from 20 to 13 columns
+        e.page.wait_for_timeout(500); e.press("Run"); e.said("alert", "thirteen columns are too many")
+        e.press("PNG"); name, data = e.download(); assert name == "sketches_n400_k10.png" and data.startswith(b"\x89PNG")
+        e.press("CSV"); e.page.locator("a[download$=csv]").wait_for(); name, data = e.download(); assert name == "sketches_n400_k10.csv" and b"eigsh" in data and b"core" not in data

@@ -1,6 +1,6 @@
 "The explorer says what the record holds, changes its figure with every control, and is quick."
 import io, json
-import matplotlib; matplotlib.use("agg")
+import matplotlib, matplotlib.colors; matplotlib.use("agg")
 import ipywidgets as W, matplotlib.pyplot as plt, numpy as np, pytest
 from PIL import Image
 from hessian_overlap.explore import OverlapExplorer, explore_overlap
@@ -74,6 +74,25 @@ def test_small_and_odd_records():
                dict(ks=KS), dict(ks=KS, tables=True), dict(ks=[7], R=0), dict(ks=[3, 10], tables=True, R=0, splits=("test",), steps=(4,))):
         e = explore_overlap(made_up(**kw)); assert not e.message.value; assert ("random" in e.mask.options) == (kw.get("R") != 0)
         assert ("approximate" in e.label.value) == (kw.get("method") == "seigh")
+
+
+def test_a_single_step_shows_multiples_of_chance():
+    r = made_up(steps=(0,), k=40, tables=True); e = explore_overlap(r); e.k.value = 10; assert set(e._ratios) == set(r.masks) and not e.message.value
+    for m, line in e._ratios.items(): assert np.allclose(line.get_ydata(), r.curve(m)/r.chance)
+    at = lambda: (e._over_dot.get_xdata()[0], e._over_dot.get_ydata()[0]); low, high = e._right.get_ylim()
+    assert at() == (10, r.curve()[9]/r.chance[9]) and low < min(r.curve(m)[9] for m in r.masks)/r.chance[9] and max(r.curve(m)[9] for m in r.masks)/r.chance[9] < high
+    assert "ratio to chance,best mask,10," in e.csv() and "over training" not in e.csv()
+    e.tied.value = False; e.size.value, e.rank.value = 8, 40; assert np.isclose(at()[1], r.overlaps[r.at()][r.cell("magnitude", 8, 40)]*r.n/40) and e._right.get_xscale() == "log"
+    assert e.step.layout.display == "none" and e.split.layout.display is None
+    e.show(made_up(steps=(0, 1))); assert not e._ratios and e.step.layout.display is None
+
+
+def test_the_palette_is_near_the_figure(r):
+    "256 colours on the page, all those of the figure: hardly a pixel is far off, and what is one colour stays one"
+    e = explore_overlap(r); full = np.asarray(e.fig.canvas.buffer_rgba())[..., :3].astype(int); off = np.abs(full - pixels(e)).max(-1)
+    assert Image.open(io.BytesIO(e.image.value)).mode == "P" and (off > 24).mean() < .01 and off[(full == 255).all(-1)].max() == 0
+    for look in e._looks.values():
+        c = (255*np.array(matplotlib.colors.to_rgb(look["color"]))).round(); hit = (np.abs(full - c).max(-1) <= 1); assert not hit.any() or off[hit].max() <= 4, look
 
 
 def test_folders(r, tmp_path):
@@ -211,6 +230,7 @@ def test_crystallisation(maps, tmp_path):
     for kind in ("png", "pdf", "csv"): e.buttons[kind].click(); assert f".{kind}" in e.out.value
     exec(e.code(), {}); plt.close("all")
     e.file.value = "nowhere.json"; assert "nowhere.json is not there" in e.message.value
+    (tmp_path/"run").mkdir(); maps.save(tmp_path/"run"/"crystallization.json"); assert explore_crystallisation(tmp_path/"run").maps.sizes == maps.sizes
     less = Crystallisation(maps.problem, maps.n, maps.steps, maps.sizes, maps.spaces); e = explore_crystallisation(less); assert "masks" not in e.label.value and not e.message.value
     for bad in ("{", "{}", '{"steps": 3}', "[]"):
         (tmp_path/"bad.json").write_text(bad)

@@ -28,6 +28,27 @@ def test_site_has_no_fault(site):
     assert code == 0, said
 
 
+def test_printed_sentences_wrap_and_tables_do_not(tmp_path):
+    from build_docs import wrap_sentences
+    sentence, row, lone = 'a sentence that is printed, longer than forty characters', 'step   50   train   0.1234   and so on, as long as that', 'array [0.1   0.2   0.3   0.4   0.5   0.6   0.7   0.8   0.9]'
+    rule, wide = '-'*60, 'one name   300 matvecs, and so on, as long as a sentence'
+    text = '\n'.join(['short', sentence, row, rule, row, sentence, lone, 'x &lt; y', wide, wide])
+    page = f'<p>{sentence}</p><div class="cell-output cell-output-stdout">\n<pre><code>{text}</code></pre>\n</div>'
+    (tmp_path/'a.html').write_text(page); wrap_sentences(tmp_path); long = lambda s: f'<span class="long">{s}</span>'
+    assert (tmp_path/'a.html').read_text() == page.replace(text, '\n'.join(['short', long(sentence), row, rule, row, long(sentence), long(lone), 'x &lt; y', wide, wide]))
+
+
+def test_figures_are_lighter_only_where_no_eye_sees_it():
+    import io, numpy as np
+    from PIL import Image
+    from exec_nbs import lighter
+    def png(a): buf = io.BytesIO(); Image.fromarray(a).save(buf, format='png'); return buf.getvalue()
+    rng = np.random.default_rng(0); flat = np.full((200, 300, 3), 255, np.uint8); flat[50:60] = 40, 80, 160; flat[:, 100:140] = rng.integers(100, 160, (1, 40, 1))
+    few = lighter(png(flat)); assert len(few) < len(png(flat)) and (np.asarray(Image.open(io.BytesIO(few)).convert('RGB')) == flat).all()
+    noise = png(rng.integers(0, 256, (200, 300, 3), dtype=np.uint8)); assert lighter(noise) == noise                        # far from 256 colours
+    clear = png(np.dstack([flat, np.full(flat.shape[:2], 120, np.uint8)])); assert lighter(clear) == clear                   # seen through
+
+
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_pages_in_a_browser(site, scheme, need_browser, artefacts):
     from browser import open_browser

@@ -175,6 +175,21 @@ def build_quarto(root, cfg):
     return cfg.doc_path, []
 
 
+PRINTED = re.compile(r'(<div class="cell-output cell-output-stdout">\s*<pre><code>)(.*?)(</code></pre>)', re.S)
+COLUMNS = re.compile(r'\S {2,}\S|^ *[-=─]{9,}$')     # a gap in the line, or the rule below a head
+
+
+def wrap_sentences(site):
+    "Mark the long printed lines that may be wrapped: not those of a table, neighbours with columns that are apart by several spaces"
+    def mark(m):
+        lines = m[2].split('\n'); rows = [False, *(bool(COLUMNS.search(line)) for line in lines), False]
+        table = [rows[i] and (rows[i - 1] or rows[i + 1]) for i in range(1, len(rows) - 1)]
+        long = lambda line, row: len(html.unescape(line)) > 40 and not row
+        return m[1] + '\n'.join(f'<span class="long">{line}</span>' if long(line, row) else line for line, row in zip(lines, table)) + m[3]
+    for p in site.rglob('*.html'):
+        text = p.read_text(encoding='utf-8'); p.write_text(PRINTED.sub(mark, text), encoding='utf-8')
+
+
 def localise(site, vendor):
     "Nothing from the network: KaTeX and the widget manager from the site itself, no web fonts"
     libs = site/'site_libs'; libs.mkdir(exist_ok=True)
@@ -195,6 +210,7 @@ def build(out, engine=None):
     vendor = root/'_vendor'; fetch_vendor(vendor)
     site, warnings = (build_quarto if engine == 'quarto' else build_smalldocs)(root, cfg)
     render_maths(site, vendor)
+    wrap_sentences(site)
     localise(site, vendor)
     if site.resolve() != out.resolve():
         shutil.rmtree(out, ignore_errors=True); shutil.move(site, out)

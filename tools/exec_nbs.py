@@ -8,9 +8,10 @@ Every notebook runs in a fresh process of its own, in its own folder, as a reade
 
 A notebook is written only after all of its cells have run, in one atomic step and already cleaned (as `nbdev_clean` would).
 What is written depends on the content alone: widget ids are made from the id of the cell that created the widget, progress
-bars and execution counts are dropped, seeds of hashing and SVG ids are fixed. Running it again gives no diff.
+bars and execution counts are dropped, seeds of hashing and SVG ids are fixed. Running it again gives no diff. Figures are kept
+with 256 colours of their own, a third of the bytes, where no eye would see it.
 """
-import argparse, hashlib, json, os, re, subprocess, sys
+import argparse, base64, hashlib, io, json, os, re, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,14 +32,27 @@ def without_progress(text):
     return '\n'.join(l for l in lines if not PROGRESS.search(l))
 
 
+def lighter(png):
+    "A figure with a palette of 256 colours, if that is hardly different and smaller; else as it is"
+    import numpy as np
+    from PIL import Image
+    full = Image.open(io.BytesIO(png))
+    if full.mode == 'RGBA' and full.getextrema()[3][0] < 255 or full.mode not in ('RGB', 'RGBA'): return png    # seen through, or few colours already
+    full = full.convert('RGB'); few = full.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
+    off = np.abs(np.asarray(few.convert('RGB')).astype(int) - np.asarray(full)).max(-1)
+    buf = io.BytesIO(); few.save(buf, format='png', optimize=True)
+    return buf.getvalue() if np.percentile(off, 99.9) <= 24 and len(buf.getvalue()) < len(png) else png
+
+
 def tidy(outputs):
-    "The outputs of one cell without progress bars"
+    "The outputs of one cell without progress bars, its figures lighter"
     kept = []
     for o in outputs:
         if o['output_type'] == 'stream':
             text = without_progress(''.join(o['text']))
             if not text.strip(): continue
             o = {**o, 'text': text.splitlines(keepends=True)}
+        if png := o.get('data', {}).get('image/png'): o['data']['image/png'] = base64.b64encode(lighter(base64.b64decode(''.join(png)))).decode()
         kept.append(o)
     return kept
 

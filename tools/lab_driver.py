@@ -5,7 +5,7 @@
 JupyterLab runs on a copy of the project, on the loopback interface, so that nothing in the tree changes. Cells that `nbdev_test`
 skips (`#| eval: false`, and the flags of settings.ini) are left out of the run.
 """
-import json, os, secrets, shutil, socket, subprocess, sys, tempfile, time, urllib.request
+import json, os, secrets, shutil, socket, subprocess, sys, tempfile, time, urllib.error, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +66,7 @@ def running_lab(nb, log, root=ROOT):
 
 class LabPage:
     "A notebook open in JupyterLab: run it, move its controls by their labels, see what its widgets show"
+    number = 0                                                   # which explorer of the page
     def __init__(self, page, url):
         self.page = page; page.set_default_timeout(60_000)
         page.goto(url, wait_until='domcontentloaded')
@@ -90,13 +91,16 @@ class LabPage:
         said = self.page.locator(', '.join(kinds)).evaluate_all('all => all.map(e => e.textContent.trim())')
         return [s for s in said if s]
 
+    @property
+    def box(self): return self.page.locator('.jp-OutputArea-output:has(.jupyter-widgets img)').nth(self.number)
+
     def shown(self):
-        "What the first explorer of the page shows: its figure and its words"
-        return self.page.evaluate('''() => {
-            const box = [...document.querySelectorAll('.jp-OutputArea-output .jupyter-widgets')].find(e => e.querySelector('img'));
+        "What the explorer shows: its figure and its words"
+        return self.page.evaluate('''n => {
+            const box = [...document.querySelectorAll('.jp-OutputArea-output')].filter(e => e.querySelector('.jupyter-widgets img'))[n];
             if (!box) return {figure: null, text: ''};
             const text = [...box.querySelectorAll('.widget-html-content, .jupyter-widget-html-content')].map(e => e.innerText).join(' ');
-            return {figure: box.querySelector('img').src, text} }''')
+            return {figure: box.querySelector('.jupyter-widgets img').src, text} }''', self.number)
 
     def settle(self, seconds=1.0):
         "Wait until what is shown has stayed the same for a while"
@@ -116,7 +120,7 @@ class LabPage:
         raise AssertionError(f'figure or words did not follow within {timeout} s: {now["text"]!r}')
 
     def control(self, label, inside):
-        return self.page.locator(f'.widget-inline-hbox:has(> .widget-label:text-is("{label}")) {inside}').first
+        return self.box.locator(f'.widget-inline-hbox:has(> .widget-label:text-is("{label}")) {inside}').first
 
     def slide(self, label, key, times=1):
         "Press a key on the slider with this label -> seconds of each step"
@@ -129,17 +133,31 @@ class LabPage:
         box = self.control(label, 'input'); box.fill(text); box.press('Enter')
 
     def press(self, name):
-        "Click the first button of this name"
-        self.page.get_by_role('button', name=name, exact=True).and_(self.page.locator('.jupyter-button')).first.click()
+        "Click the button of this name"
+        self.box.get_by_role('button', name=name, exact=True).and_(self.page.locator('.jupyter-button')).first.click()
 
     def download(self):
         "Click the link to a file that an explorer offers -> (its name, its bytes)"
-        with self.page.expect_download() as got: self.page.locator('.jupyter-widgets a[download]').first.click()
+        with self.page.expect_download() as got: self.box.locator('a[download]').first.click()
         return got.value.suggested_filename, Path(got.value.path()).read_bytes()
 
     def choose(self, label, value):
         "Choose an entry of the dropdown with this label -> seconds"
         return self.act(lambda: self.control(label, 'select').select_option(label=value))
+
+    def said(self, role, text):
+        "Wait until the explorer says this, as an alert or a status"
+        self.box.get_by_role(role).filter(has_text=text).first.wait_for()
+
+
+class AppPage(LabPage):
+    "The same of a page that Voila serves; `.outside` are the addresses beyond this machine that it asked for"
+    def __init__(self, page, url):
+        self.page, self.outside, self.wrong = page, [], []; page.set_default_timeout(60_000)
+        page.on('request', lambda r: self.outside.append(r.url) if not r.url.startswith((url, url.replace('http', 'ws', 1), 'data:', 'blob:')) else None)
+        page.on('requestfailed', lambda r: self.wrong.append(f'no answer for {r.url}')); page.on('pageerror', lambda e: self.wrong.append(str(e)))
+        page.on('response', lambda r: self.wrong.append(f'{r.status} for {r.url}') if r.status >= 400 else None)
+        page.goto(url, wait_until='domcontentloaded'); page.wait_for_function("document.querySelector('.jupyter-widgets img')?.src", timeout=120_000)
 
 
 @contextmanager
@@ -152,6 +170,21 @@ def open_notebook(nb, artefacts, root=ROOT):
         try: yield LabPage(page, url)
         except Exception:
             page.screenshot(path=artefacts/'lab-failed.png'); raise
+
+
+@contextmanager
+def open_app(serving, name, artefacts):
+    "The page of an app: `serving(log)` gives a context of (address, process); the log and a screenshot `name` stay in the folder `artefacts`"
+    from browser import open_browser
+    with open(artefacts/f'{name}.log', 'w') as log, serving(log) as (url, process), open_browser() as browser:
+        for _ in range(240):
+            if process.poll() is not None: raise RuntimeError(f'the app ended at once; see {log.name}')
+            try: urllib.request.urlopen(url.rstrip('/') + '/voila/static/none', timeout=2); break
+            except urllib.error.HTTPError: break
+            except OSError: time.sleep(.25)
+        page = browser.new_page(viewport=dict(width=1400, height=1100), accept_downloads=True)
+        try: yield AppPage(page, url)
+        finally: page.screenshot(path=artefacts/f'{name}.png', full_page=True)
 
 
 def main():
