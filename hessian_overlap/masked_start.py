@@ -162,7 +162,7 @@ def _masked_estimate(state, steps):
     at,share = _cut_shares(theta, counts.mean(1), torch.zeros(len(theta), dtype=torch.bool), ks)
     return S.mean(0)/ks, d.std(0)/p**.5/ks, theta[at].abs(), torch.where(share*ks<=3, 0., share) # the weight of a single eigenvalue scatters around one
 
-# %% ../nbs/24_masked_start.ipynb #8ec76add
+# %% ../nbs/24_masked_start.ipynb #7c689da8
 def overlap_slq_masked(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     order:Tensor, # (n,) int64 permutation, most important first
@@ -186,7 +186,7 @@ def overlap_slq_masked(
         if save: state.save(save)
     (o,se,tau,share),part = _masked_estimate(state, state.steps), _masked_estimate(state, max(1, state.steps*3//4))
     res = (o-part[0]).abs()
-    half,trusted = _student(state.num_probes-1)*se+2*res, _trusted(o, se, res, share, state.ks/state.n)
+    half,trusted = _student(state.num_probes-1)*se+2*res, _trusted(o, se, res, share, state.ks/state.n, tau, state)
     if not trusted.all(): warnings.warn(f'the overlap is not resolved at {int((~trusted).sum())} of {len(o)} values of k, first at k = {state.ks[~trusted][0]}: it still moves with the number of steps, or one node stands for many eigenvalues at the cut; raise num_steps', RuntimeWarning, stacklevel=2)
     info = dict(method='slq_masked', n=state.n, matvecs=state.matvecs, num_probes=state.num_probes, num_steps=state.steps, exact=0, trusted=trusted, share=share, threshold=tau, state=state,
                 block_bytes=state.X.nbytes, seed=state.seed, seconds=time.perf_counter()-began)

@@ -99,7 +99,7 @@ def density(self:SpectralDensity,
     G = torch.exp(-((x.double()[:,None]-self.nodes)/width)**2/2)/(width*math.sqrt(2*math.pi))
     return G @ self.counts.mean(1)/self.counts.mean(1).sum()
 
-# %% ../nbs/23_quadrature.ipynb #5d2ebae7
+# %% ../nbs/23_quadrature.ipynb #1d06c773
 class OverlapEstimate(NamedTuple):
     "Overlaps of the first k parameters of an ordering with the k leading eigenvectors, estimated"
     ks:Tensor # (K,) int64
@@ -108,7 +108,7 @@ class OverlapEstimate(NamedTuple):
     resolution:Tensor # (K,) float64: change from three quarters of the steps to all
     low:Tensor # (K,) float64, lower end of the interval, at least 0
     high:Tensor # (K,) float64, upper end, at most 1
-    info:dict # matvecs, num_probes, num_steps, exact, trusted (resolved, for each k), share (of k, in the node at the cut), state, groups, ...
+    info:dict # matvecs, num_probes, num_steps, exact, trusted (resolved, for each k), threshold (|λ| at the cut), share (of k, in the node there), state, groups, ...
     def __repr__(self):
         i = min(len(self.ks)-1, len(self.ks)//2)
         bad = int((~self.info['trusted']).sum())
@@ -206,12 +206,13 @@ def _check_slq(n, order, ks, groups):
     if g.shape!=(n,) or g.dtype!=torch.int64 or g.min()<0: raise ValueError(f'groups must be ({n},) int64 labels from 0')
     return list(orders), ranks, ks, g
 
-# %% ../nbs/23_quadrature.ipynb #a5be48f7
-def _trusted(o, se, res, share, chance):
-    "Whether each estimate is resolved: the steps agree within the scatter or one per cent, and no node at the cut stands for many of the k eigenvalues"
-    return (res<=torch.maximum(3*se, .01*torch.maximum(o, chance))) & (share<=SHARE)
+# %% ../nbs/23_quadrature.ipynb #d3d406ae
+def _trusted(o, se, res, share, chance, tau, state):
+    "Whether each estimate is resolved: the steps agree within the scatter or one per cent, no node at the cut stands for many of the k eigenvalues, and the cut is above what rounding does to A"
+    floor = max(state.noise, 4*torch.finfo(state.A.dtype).eps*state.scale)
+    return (res<=torch.maximum(3*se, .01*torch.maximum(o, chance))) & (share<=SHARE) & (tau.abs()>=floor)
 
-# %% ../nbs/23_quadrature.ipynb #f6b2f2e6
+# %% ../nbs/23_quadrature.ipynb #93857c71
 def overlap_slq(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     order:Tensor|dict[str,Tensor], # (n,) int64 permutation, most important first; several by name
@@ -236,10 +237,10 @@ def overlap_slq(
     states = [_grow_probes(A, num_probes, num_steps, seed, start, progress, **kw)]
     found,exact,p = _estimate(states, ranks, ks, g)
     if tol is not None: states,(found,exact,p) = _refine(A, states, (found, exact, p), ranks, ks, g, tol, max_matvecs or 10*num_probes*num_steps, progress, kw)
-    matvecs,out,share = sum(s.matvecs for s in states), {}, torch.stack([cut_nodes(s, ks)[1] for s in states]).max(0).values
+    matvecs,out,cuts,share = sum(s.matvecs for s in states), {}, cut_nodes(states[0], ks)[0], torch.stack([cut_nodes(s, ks)[1] for s in states]).max(0).values
     for name,(o,se,res,parts) in zip(names, found):
         half = _student(max(1, p-len(states)))*se + 2*res
-        info = dict(method='slq', n=n, matvecs=matvecs, num_probes=p, num_steps=states[0].steps, exact=exact, trusted=_trusted(o, se, res, share, ks/n), share=share, groups=parts,
+        info = dict(method='slq', n=n, matvecs=matvecs, num_probes=p, num_steps=states[0].steps, exact=exact, trusted=_trusted(o, se, res, share, ks/n, cuts, states[0]), threshold=cuts.abs(), share=share, groups=parts,
                     basis_bytes=sum(s.basis.nbytes for s in states), state=states[0], seed=seed, seconds=time.perf_counter()-began)
         out[name] = OverlapEstimate(ks, o, se, res, (o-half).clamp(min=0), (o+half).clamp(max=1), info)
         if not info['trusted'].all(): warnings.warn(f"the overlap{f' of {name!r}' if name else ''} is not resolved at {int((~info['trusted']).sum())} of {len(ks)} values of k, first at k = {ks[~info['trusted']][0]}: it still moves with the number of steps, or one node stands for many eigenvalues at the cut; raise num_steps", RuntimeWarning, stacklevel=2)
