@@ -88,7 +88,8 @@ def measure(A, order, ks, truth, p, m, seeds, device, masked=False):
         seconds.append(clock() - start); share.append(1 - sum(spent)/seconds[-1])
         if seed == 0: memory = peak(device) - base
         off.append(e.overlap/truth - 1); half.append((e.high - e.low)/2/truth)
-        covered.append((e.low <= truth + 1e-6) & (truth <= e.high + 1e-6)); trusted.append(e.info['trusted'])
+        slack = 1e-4*truth # products in float32 have eigenvectors of their own, as far from the true ones as their rounding over a gap
+        covered.append((e.low <= truth + slack) & (truth <= e.high + slack)); trusted.append(e.info['trusted'])
         exact, basis, matvecs = e.info['exact'], e.info.get('basis_bytes'), e.info['matvecs']
         block, spent = e.info.get('block_bytes'), None
         del e, B
