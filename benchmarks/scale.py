@@ -26,8 +26,8 @@ from hessian_overlap.masks import partition
 from hessian_overlap.models import cifar10_3c3d, seeded
 
 SHARES = (.001, .01, .05, .2)
-NETWORKS = {'3c3d': dict(train_steps=4000, batch=128, lr=.0226105, samples=500, probes=4, steps=80),
-            'transformer_10m': dict(width=384, layers=6, heads=6, train_steps=600, batch=16, lr=1e-3, samples=8, probes=4, steps=80),
+NETWORKS = {'3c3d': dict(train_steps=4000, batch=128, lr=.0226105, samples=500, probes=4, steps=160, basis='float32'),
+            'transformer_10m': dict(width=384, layers=6, heads=6, train_steps=600, batch=16, lr=1e-3, samples=8, probes=4, steps=60, basis='bfloat16'),
             'transformer_100m': dict(width=1024, layers=8, heads=16, train_steps=300, batch=8, lr=3e-4, samples=4, probes=2, steps=24)}
 LENGTH = 128 # characters of a sequence
 
@@ -171,13 +171,13 @@ def timed(A, spent):
 
 
 def stored_basis(a, cfg, H, model, n):
-    "Every k, several orderings and layers: overlap_slq with a basis in half precision"
-    probes, steps = a.probes or cfg['probes'], a.steps or cfg['steps']
+    "Every k, several orderings and layers: overlap_slq"
+    probes, steps, basis = a.probes or cfg['probes'], a.steps or cfg['steps'], a.basis or cfg['basis']
     orders = dict(magnitude=magnitude_order(model), layerwise=magnitude_order(model, scope='layer'), random=random_order(n, seed=1))
     ks = torch.tensor(sorted({round(s*n) for s in (*SHARES, *np.geomspace(1e-3, .5, 16))}))
     file, spent, began = a.work and a.work/f"{a.network}{'_initial'*a.initial}_basis.pt", [], time.perf_counter()
     B = timed(H, spent)
-    state = BlockLanczos.load(file, B) if file and file.exists() else BlockLanczos(B, probes, seed=0, basis_dtype=getattr(torch, a.basis), first=probes*(steps + 1))
+    state = BlockLanczos.load(file, B) if file and file.exists() else BlockLanczos(B, probes, seed=0, basis_dtype=getattr(torch, basis), first=probes*(steps + 1))
     done = state.steps
     while state.steps < steps:
         state.step()
@@ -189,7 +189,7 @@ def stored_basis(a, cfg, H, model, n):
     seconds = time.perf_counter() - began
     one = found['magnitude'].info
     return dict(method='slq', probes=probes, steps=steps, matvecs=state.matvecs, seconds=seconds, seconds_in_products=sum(spent), steps_timed=steps - done, exact=one['exact'],
-                basis=a.basis, basis_bytes=one['basis_bytes'], ks=ks.tolist(), layers=list(by.names), layer_sizes=by.sizes.tolist(), eigenvalues=state.ritz()[0][[0, -1]].tolist(),
+                basis=basis, basis_bytes=one['basis_bytes'], ks=ks.tolist(), layers=list(by.names), layer_sizes=by.sizes.tolist(), eigenvalues=state.ritz()[0][[0, -1]].tolist(),
                 orders={name: said(e) | dict(layers=e.info['groups'].tolist()) for name, e in found.items()})
 
 
@@ -218,7 +218,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('network', choices=NETWORKS); ap.add_argument('--data', type=Path); ap.add_argument('--text', type=Path); ap.add_argument('--work', type=Path)
     for name in ('train-steps', 'samples', 'probes', 'steps', 'masked-steps', 'threads'): ap.add_argument(f'--{name}', type=int)
-    ap.add_argument('--basis', default='bfloat16', choices=('bfloat16', 'float16', 'float32')); ap.add_argument('--both', action='store_true')
+    ap.add_argument('--basis', choices=('bfloat16', 'float16', 'float32')); ap.add_argument('--both', action='store_true')
     ap.add_argument('--initial', action='store_true', help='3c3d before training')
     ap.add_argument('--device', default='cpu'); ap.add_argument('--train-only', action='store_true'); ap.add_argument('--out', type=Path)
     a = ap.parse_args(); cfg = NETWORKS[a.network]

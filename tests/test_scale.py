@@ -9,7 +9,7 @@ import scale
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(scale.NETWORKS, 'transformer_10m', dict(width=16, layers=1, heads=2, train_steps=4, batch=2, lr=1e-3, samples=3, probes=3, steps=20))
+    monkeypatch.setitem(scale.NETWORKS, 'transformer_10m', dict(width=16, layers=1, heads=2, train_steps=4, batch=2, lr=1e-3, samples=3, probes=3, steps=20, basis='bfloat16'))
     monkeypatch.setattr(scale, 'LENGTH', 16)
 
 @pytest.mark.filterwarnings('ignore::RuntimeWarning')
