@@ -77,7 +77,7 @@ def panels(self:Basis): # yields (first column, (columns, n) tensor in the dtype
         step = len(rows) if direct else max(1, PANEL//(self.n*torch.finfo(self.dtype).bits//8))
         for i in range(0, len(rows), step): yield lo+i, rows[i:i+step].to(self.device, self.dtype, non_blocking=True)
 
-# %% ../nbs/19_basis.ipynb #e3aa86a4
+# %% ../nbs/19_basis.ipynb #ee877f6c
 @patch
 def append(self:Basis,
     X:Tensor, # (n, b) orthonormal columns, orthogonal to the basis
@@ -104,6 +104,7 @@ def columns(self:Basis,
     "Some columns, as the arithmetic sees them"
     return torch.cat([r.to(self.device, self.dtype).T/self.scale for _,r in self._rows(lo, hi)] or [torch.empty(self.n, 0, dtype=self.dtype, device=self.device)], 1).contiguous()
 
+# %% ../nbs/19_basis.ipynb #488fc920
 @patch(as_prop=True)
 def _thin(self:Basis): # panels would hold a few columns only, and all of W would be read for each
     return self.device.type=='cpu' and self.lossy and not isinstance(self.place, Path) and PANEL//(self.n*torch.finfo(self.dtype).bits//8)<min(64, self.size)

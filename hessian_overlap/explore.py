@@ -181,7 +181,7 @@ def _free(self:OverlapExplorer):
     with mpl.style.context("default"): self._scale(tied)
     self.stage(self._moving); self.draw()
 
-# %% ../nbs/51_explore.ipynb #af679948
+# %% ../nbs/51_explore.ipynb #5f4a3b99
 @patch
 def _setup(self:OverlapExplorer):
     "Make the figure and its artists"
@@ -214,6 +214,7 @@ def _setup_curves(self:OverlapExplorer, r, left, right):
                      self._chance, self._cut, self._dot]
     self._setup_right(r, right, dot)
 
+# %% ../nbs/51_explore.ipynb #f6d16982
 @patch
 def _setup_right(self:OverlapExplorer, r, right, dot):
     "The same point over training; of a record with a single step, the same curves in multiples of chance"
@@ -226,7 +227,7 @@ def _setup_right(self:OverlapExplorer, r, right, dot):
         right.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     self._moving += [*self._ratios.values(), self._level, self._over, self._over_dot]
 
-# %% ../nbs/51_explore.ipynb #bde3fb05
+# %% ../nbs/51_explore.ipynb #4975298e
 @patch
 def _setup_spectrum(self:OverlapExplorer, r, ax):
     self._signs = {s: ax.plot([], [], ls="none", ms=2.5 if s == "positive" else 3.5, mew=.6, label=s, **LOOKS[s])[0] for s in ("positive", "negative")}
@@ -248,6 +249,7 @@ def _setup_tables(self:OverlapExplorer, r, table, layers):
     layers.set_yticks(at, names, fontsize=7); layers.invert_yaxis(); layers.set(xlabel="share of the overlap", xlim=(0, 1)); layers.legend(fontsize=7.5, loc="lower right")
     self._moving += [self._heat, self._point, *self._bars, self._dash]
 
+# %% ../nbs/51_explore.ipynb #c6ae7572
 @patch
 def _scale(self:OverlapExplorer, tied):
     "Limits of the two upper panels: all sizes up to k, or up to n"
