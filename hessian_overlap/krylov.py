@@ -248,18 +248,22 @@ def _result(self:BlockLanczos, theta, F, res, w, converged, U, **info):
              next_residual=total[j].item() if j else None, noise=self.noise, block_size=self.block_size, passes=self.steps, restarts=self.restarts, seed=self.seed) | info
     return EighResult(theta[w].to(self.A.dtype).to(self.A.device), U, d)
 
-# %% ../nbs/21_krylov.ipynb #d8da9187
+# %% ../nbs/21_krylov.ipynb #e9c35006
 _KEPT = ('block_size','seed','matvecs','steps','drawn','restarts','noise','scale','rms','fresh','newest','B','_T','_slack','_probes')
+
+def _write(path, **state):
+    "A file of tensors and numbers, replaced in one moment"
+    path = Path(path)
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    torch.save(state, part)
+    os.replace(part, path)
 
 @patch
 def save(self:BlockLanczos,
     path:str|Path, # of the file; replaced in one moment
 ):
     "Write the state, without the operator"
-    path = Path(path)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    torch.save(dict(kind='BlockLanczos', basis=self.basis.state_dict(), n=self.n, **{name: getattr(self, name) for name in _KEPT}), part)
-    os.replace(part, path)
+    _write(path, kind='BlockLanczos', basis=self.basis.state_dict(), n=self.n, **{name: getattr(self, name) for name in _KEPT})
 
 @patch(cls_method=True)
 def load(cls:BlockLanczos,
