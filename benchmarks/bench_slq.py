@@ -19,8 +19,8 @@ from hessian_overlap.masked_start import overlap_slq_masked
 KS = {7030: [35, 100, 350, 700, 1400, 2800]}
 SHARES = (.001, .01, .05, .2)
 MLP, LOCAL = {f'mlp_{s}': s for s in (0, 100, 5000)}, {f'local_{n}': n for n in (10_000, 100_000, 1_000_000)}
-RUNS = {**{name: [(16, 20), (16, 40), (8, 80)] for name in MLP}, 'local_10000': [(16, 40), (8, 80)], 'local_100000': [(8, 80), (4, 160)], 'local_1000000': [(8, 80), (4, 160)]}
-MASKED = {'mlp': ((2, 4), [(4, 40), (4, 20)]), 'local': ((1, 4), [(4, 40), (2, 80)])} # which ks (from, to), and probes x steps, started from masked signs
+RUNS = {**{name: [(16, 20), (8, 40), (16, 40), (8, 80), (4, 160)] for name in MLP}, 'local_10000': [(16, 40), (8, 80)], 'local_100000': [(8, 80), (4, 160), (1, 640)], 'local_1000000': [(8, 80), (4, 160), (1, 640)]}
+MASKED = {'mlp': ((2, 4), [(4, 40), (4, 20)]), 'local': ((1, 4), [(4, 40), (1, 160)])} # which ks (from, to), and probes x steps, started from masked signs
 FEWER = {'local_100000': 5, 'local_1000000': 2} # seeds, at most
 
 

@@ -26,9 +26,9 @@ from hessian_overlap.masks import partition
 from hessian_overlap.models import cifar10_3c3d, seeded
 
 SHARES = (.001, .01, .05, .2)
-NETWORKS = {'3c3d': dict(train_steps=4000, batch=128, lr=.0226105, samples=500, probes=4, steps=160, basis='float32'),
-            'transformer_10m': dict(width=384, layers=6, heads=6, train_steps=600, batch=16, lr=1e-3, samples=8, probes=4, steps=60, basis='bfloat16'),
-            'transformer_100m': dict(width=1024, layers=8, heads=16, train_steps=300, batch=8, lr=3e-4, samples=4, probes=2, steps=24)}
+NETWORKS = {'3c3d': dict(train_steps=4000, batch=128, lr=.0226105, samples=500, probes=4, steps=256, basis='float32'),
+            'transformer_10m': dict(width=384, layers=6, heads=6, train_steps=600, batch=16, lr=1e-3, samples=8, probes=3, steps=130, basis='bfloat16'),
+            'transformer_100m': dict(width=1024, layers=8, heads=16, train_steps=400, batch=8, lr=4e-4, samples=4, probes=1, steps=96)}
 LENGTH = 128 # characters of a sequence
 
 
@@ -170,6 +170,17 @@ def timed(A, spent):
     return FunctionLinearOperator(mm, A.shape, rmatmat=mm, dtype=A.dtype, device=A.device)
 
 
+def clock_before(file):
+    "Seconds, and seconds in products, of the runs that a kept state is from"
+    clock = file and file.with_suffix('.json')
+    return json.loads(clock.read_text()) if clock and clock.exists() and file.exists() else (0., 0.)
+
+
+def keep(state, file, clock):
+    "The state and the seconds it took"
+    state.save(file); file.with_suffix('.json').write_text(json.dumps(clock))
+
+
 def stored_basis(a, cfg, H, model, n):
     "Every k, several orderings and layers: overlap_slq"
     probes, steps, basis = a.probes or cfg['probes'], a.steps or cfg['steps'], a.basis or cfg['basis']
@@ -178,17 +189,16 @@ def stored_basis(a, cfg, H, model, n):
     file, spent, began = a.work and a.work/f"{a.network}{'_initial'*a.initial}_basis.pt", [], time.perf_counter()
     B = timed(H, spent)
     state = BlockLanczos.load(file, B) if file and file.exists() else BlockLanczos(B, probes, seed=0, basis_dtype=getattr(torch, basis), first=probes*(steps + 1))
-    done = state.steps
+    before = clock_before(file)
+    clock = lambda: (before[0] + time.perf_counter() - began, before[1] + sum(spent))
     while state.steps < steps:
         state.step()
-        if state.steps % 10 == 0:
-            print(f'{state.steps} steps, {state.matvecs} products, {time.perf_counter() - began:.0f} s, {sum(spent):.0f} s of them in products', flush=True)
-            if file and state.steps % 20 == 0: state.save(file)
+        if state.steps % 10 == 0: print('{} steps, {} products, {:.0f} s, {:.0f} s of them in products'.format(state.steps, state.matvecs, *clock()), flush=True)
+        if file and (state.steps % 40 == 0 or state.steps == steps): keep(state, file, clock())
     by = partition(model)
     found = overlap_slq(B, orders, ks, start=state, groups=by.labels.cpu(), num_probes=probes, num_steps=steps, seed=0)
-    seconds = time.perf_counter() - began
-    one = found['magnitude'].info
-    return dict(method='slq', probes=probes, steps=steps, matvecs=state.matvecs, seconds=seconds, seconds_in_products=sum(spent), steps_timed=steps - done, exact=one['exact'],
+    (seconds, products), one = clock(), found['magnitude'].info
+    return dict(method='slq', probes=probes, steps=steps, matvecs=state.matvecs, seconds=seconds, seconds_in_products=products, exact=one['exact'],
                 basis=basis, basis_bytes=one['basis_bytes'], ks=ks.tolist(), layers=list(by.names), layer_sizes=by.sizes.tolist(), eigenvalues=state.ritz()[0][[0, -1]].tolist(),
                 orders={name: said(e) | dict(layers=e.info['groups'].tolist()) for name, e in found.items()})
 
@@ -200,14 +210,15 @@ def three_blocks(a, cfg, H, model, n):
     ks, order, spent, began = torch.tensor([round(s*n) for s in SHARES]), magnitude_order(model), [], time.perf_counter()
     B, file = timed(H, spent), a.work and a.work/f"{a.network}{'_initial'*a.initial}_blocks.pt"
     state = ShortLanczos.load(file, B) if file and file.exists() else ShortLanczos(B, order, ks, num_probes=probes, seed=0)
-    done, steps = state.steps, max(steps, state.steps)
+    before, steps = clock_before(file), max(steps, state.steps)
+    clock = lambda: (before[0] + time.perf_counter() - began, before[1] + sum(spent))
     while state.steps < steps:
         state.step()
-        print(f'{state.steps} steps, {state.matvecs} products, {time.perf_counter() - began:.0f} s, {sum(spent):.0f} s of them in products', flush=True)
-        if file and (state.steps % 4 == 0 or state.steps == steps): state.save(file)
+        print('{} steps, {} products, {:.0f} s, {:.0f} s of them in products'.format(state.steps, state.matvecs, *clock()), flush=True)
+        if file and (state.steps % 8 == 0 or state.steps == steps): keep(state, file, clock())
     e = overlap_slq_masked(B, order, ks, start=state, num_probes=probes, num_steps=steps, seed=0)
     print(e, flush=True)
-    return dict(method='slq_masked', probes=probes, steps=state.steps, matvecs=state.matvecs, seconds=time.perf_counter() - began, seconds_in_products=sum(spent), steps_timed=steps - done,
+    return dict(method='slq_masked', probes=probes, steps=state.steps, matvecs=state.matvecs, **dict(zip(('seconds', 'seconds_in_products'), clock())),
                 block_bytes=e.info['block_bytes'], ks=ks.tolist(), thresholds=e.info['threshold'].tolist(), eigenvalues=state.nodes()[0][[0, -1]].tolist(), orders=dict(magnitude=said(e)))
 
 

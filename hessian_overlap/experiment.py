@@ -94,7 +94,7 @@ def mask_seed(
     "The seed of random mask `i`: a hash of (seed, i), so that neighbouring runs share no mask"
     return int(np.random.SeedSequence([seed, i, 0x6d61736b]).generate_state(1)[0])
 
-# %% ../nbs/41_experiment.ipynb #fc3f9c1f
+# %% ../nbs/41_experiment.ipynb #37d559ef
 def estimates_of(
     H,                     # (n, n) Hessian
     model:torch.nn.Module, # at the parameters to look at
@@ -109,7 +109,7 @@ def estimates_of(
         warnings.filterwarnings("ignore", "the overlap of", RuntimeWarning)
         est = overlap_slq(H, every, torch.tensor(ks), num_probes=s["num_probes"], num_steps=s["num_steps"], seed=s["seed"], progress=progress)
     state, named = est["magnitude"].info["state"], ["magnitude", *extra]; nan, rows = np.full(len(ks), np.nan), lambda names, f: np.array([_as_np(f(est[o])) for o in names])
-    t, cuts = quadrature_tables(state, tabled, partition(model), *grid(H.shape[0], s["k"], ks=ks)), _as_np(cut_nodes(state, ks)[0])
+    t, cuts = quadrature_tables(state, tabled, partition(model), *grid(H.shape[0], s["k"], ks=ks)), _as_np(cut_nodes(state, ks))
     trusted = rows(named, lambda e: e.info["trusted"]) > 0; bad = ks[~trusted[0]]
     if len(bad): warnings.warn(f"the overlap is not resolved at {len(bad)} of {len(ks)} mask sizes, first at k = {bad[0]}; raise num_steps", RuntimeWarning, stacklevel=3)
     return dict(eigvals=cuts, residuals=nan, magnitude=_as_np(est["magnitude"].overlap), best=nan, extra=rows(extra, lambda e: e.overlap), variance=nan,
@@ -164,9 +164,9 @@ def _of_seigh(n, k, num_outer, num_inner):
     if inner < outer: raise ValueError(f"num_inner = {inner} is less than num_outer = {outer}; the inner measurements must be at least as many")
     return dict(num_outer=outer, num_inner=inner)
 
-# %% ../nbs/41_experiment.ipynb #bf85b119
+# %% ../nbs/41_experiment.ipynb #ae173d87
 def _of_slq(n, k, num_probes, num_steps, ks):
-    p = 8 if num_probes is None else _whole("num_probes", num_probes, 2, n); room = n//p - 2
+    p = 8 if num_probes is None else _whole("num_probes", num_probes, 1, n); room = n//p - 2
     if room < 4: raise ValueError(f"slq with {p} probes needs at least {6*p} parameters, there are {n}: take fewer probes, or eigsh for all eigenpairs")
     steps = min(80, room) if num_steps is None else _whole("num_steps", num_steps, 4)
     if steps > room: raise ValueError(f"num_steps = {steps} blocks of {p} probes do not fit into {n} parameters, {room} do: take fewer, or eigsh for all eigenpairs")
@@ -299,7 +299,7 @@ def _strategy(problem, theta, s, folder):
     if path: write_atomic(path, json.dumps(H.info["strategy"]).encode())
     return H.info["strategy"]
 
-# %% ../nbs/41_experiment.ipynb #d51a455c
+# %% ../nbs/41_experiment.ipynb #25da0fa4
 def run_overlap(
     problem:Problem,           # of make_problem, or your own; its model is left as it is
     *, steps:int=1000,         # of SGD, ≥ 0
@@ -311,7 +311,7 @@ def run_overlap(
     block_size:int|None=None,  # of eigsh; None for its default
     num_outer:int|None=None,   # of seigh, ≥ k; None for k + 5
     num_inner:int|None=None,   # of seigh, ≥ num_outer; None for twice that
-    num_probes:int|None=None,  # of slq, ≥ 2; None for 8
+    num_probes:int|None=None,  # of slq, ≥ 1; None for 8
     num_steps:int|None=None,   # of slq, products of each probe, ≥ 4; None for 80
     ks:list|None=None,         # of slq, mask sizes, ascending; None for 20 up to k
     num_random:int=10,         # random masks, ≥ 0

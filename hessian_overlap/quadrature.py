@@ -13,9 +13,9 @@ from .krylov import BlockLanczos, _resume
 from .sketch import _check_problem
 
 # %% auto #0
-__all__ = ['SHARE', 'SpectralDensity', 'spectral_density', 'OverlapEstimate', 'cut_nodes', 'overlap_slq']
+__all__ = ['SpectralDensity', 'spectral_density', 'OverlapEstimate', 'resolved', 'cut_nodes', 'overlap_slq']
 
-# %% ../nbs/23_quadrature.ipynb #aa5b4397
+# %% ../nbs/23_quadrature.ipynb #e0cbcaaa
 class SpectralDensity(NamedTuple):
     "Nodes that stand for the eigenvalues of an (n, n) symmetric operator"
     n:int # size of the operator
@@ -25,15 +25,23 @@ class SpectralDensity(NamedTuple):
     info:dict # matvecs, num_probes, num_steps, state, ...
     def __repr__(self): return f"SpectralDensity(n = {self.n}: {int(self.exact.sum())} eigenvalues and {int((~self.exact).sum())} nodes for the rest, {self.counts.shape[1]} probes, {self.info['matvecs']} matvecs)"
 
+def _exact(theta, res, W):
+    "Which Ritz pairs are eigenpairs: residuals small against the cell of nodes around and the value, weights (m, p) that one eigenvector can have"
+    (m,p),i,x = W.shape, torch.arange(len(theta)), math.log(1e4)
+    lo,hi = (i-p).clamp(min=0), (i+p).clamp(max=m-1)
+    cell = (theta[hi]-theta[lo])*p/(hi-lo).clamp(min=1)
+    return (res<=.3*cell) & (res<=.05*theta.abs()) & (W.square().mean(1)<=1+2*(x/p)**.5+2*x/p)
+
 def _quadrature(state, columns):
     "Ritz values, coefficients, probe weights (columns, p), and which pairs are converged, from the first so many columns of a state"
     theta,F,res = state.ritz(columns)
-    return theta, F, state._weights(F), res<=.05*theta.abs()
+    W = state._weights(F)
+    return theta, F, W, _exact(theta, res, W)
 
-def _grow_probes(A, num_probes, num_steps, seed, start, progress, **kw):
+def _grow_probes(A, num_probes, num_steps, seed, start, progress, least=1, **kw):
     "A state with at least so many steps"
     op,n = _check_problem(A, 1)
-    if not 2<=num_probes<=n: raise ValueError(f'num_probes must be between 2 and n = {n}, got {num_probes}: error bars come from their spread')
+    if not least<=num_probes<=n: raise ValueError(f'num_probes must be between {least} and n = {n}, got {num_probes}')
     if num_steps<4: raise ValueError(f'num_steps must be at least 4, got {num_steps}')
     state = BlockLanczos(op, num_probes, seed=seed, **kw) if start is None else _resume(start, A, op)
     if state is None: raise ValueError(f'start must be a BlockLanczos, or a result that holds one, of the same operator, got {type(start).__name__}')
@@ -43,7 +51,7 @@ def _grow_probes(A, num_probes, num_steps, seed, start, progress, **kw):
         state.step()
     return state
 
-# %% ../nbs/23_quadrature.ipynb #fd54e5ec
+# %% ../nbs/23_quadrature.ipynb #02ca2a91
 def spectral_density(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     *,
@@ -56,7 +64,7 @@ def spectral_density(
     progress:bool=False, # a tqdm bar over steps
 )->SpectralDensity: # for all of the spectrum
     "How many eigenvalues lie where, by block Lanczos quadrature with exact leading pairs (Ubaru, Chen and Saad 2017; Chen and Hallman 2023)"
-    state = _grow_probes(A, num_probes, num_steps, seed, start, progress, basis_dtype=basis_dtype, basis_place=basis_place)
+    state = _grow_probes(A, num_probes, num_steps, seed, start, progress, least=2, basis_dtype=basis_dtype, basis_place=basis_place)
     theta,F,W,exact = _quadrature(state, state.size-state.newest)
     counts = torch.where(exact[:,None], 1., W.square())
     return SpectralDensity(state.n, theta, counts, exact, dict(matvecs=state.matvecs, num_probes=counts.shape[1], num_steps=state.steps, seed=state.seed, state=state))
@@ -99,16 +107,16 @@ def density(self:SpectralDensity,
     G = torch.exp(-((x.double()[:,None]-self.nodes)/width)**2/2)/(width*math.sqrt(2*math.pi))
     return G @ self.counts.mean(1)/self.counts.mean(1).sum()
 
-# %% ../nbs/23_quadrature.ipynb #1d06c773
+# %% ../nbs/23_quadrature.ipynb #152446fb
 class OverlapEstimate(NamedTuple):
     "Overlaps of the first k parameters of an ordering with the k leading eigenvectors, estimated"
     ks:Tensor # (K,) int64
     overlap:Tensor # (K,) float64
-    stderr:Tensor # (K,) float64: sampling, from the spread of the probes
-    resolution:Tensor # (K,) float64: change from three quarters of the steps to all
+    stderr:Tensor # (K,) float64: sampling; of a single probe, a bound
+    resolution:Tensor # (K,) float64: change with the number of steps
     low:Tensor # (K,) float64, lower end of the interval, at least 0
     high:Tensor # (K,) float64, upper end, at most 1
-    info:dict # matvecs, num_probes, num_steps, exact, trusted (resolved, for each k), threshold (|λ| at the cut), share (of k, in the node there), state, groups, ...
+    info:dict # matvecs, num_probes, num_steps, exact, trusted (resolved, for each k), threshold (|λ| at the cut), resolved (the largest such k), state, groups, ...
     def __repr__(self):
         i = min(len(self.ks)-1, len(self.ks)//2)
         bad = int((~self.info['trusted']).sum())
@@ -122,72 +130,116 @@ def _cuts(theta, counts, ks):
     f[o] = ((ks - (c.cumsum(0)-c)[:,None])/c[:,None].clamp(min=1e-300)).clamp(0, 1)
     return f
 
-# %% ../nbs/23_quadrature.ipynb #b7cf962b
+# %% ../nbs/23_quadrature.ipynb #f939656e
+def _pairs(Y, cell, size):
+    "Products of the columns (r, K, p) of each k, added up over rows of equal cell: (size, K, p, p)"
+    out = Y.new_zeros(size, Y.shape[1], Y.shape[2], Y.shape[2])
+    rows = cell.argsort(stable=True)
+    for c,part in zip(range(size), rows.split(cell.bincount(minlength=size).tolist())):
+        y = Y[part].transpose(0, 1)
+        out[c] = y.transpose(1, 2) @ y
+    return out
+
 def _sums(state, columns, ranks, sizes, ks, groups):
-    "For each ordering, added up over its first m parameters: squares of the exact vectors (M, G, |E|) and of the sampled ones of each k (M, G, K, p); and f, E and the weights of the probes"
+    "For each ordering, added up over its first m parameters: squares of the exact vectors (M, G, |E|), of the sampled ones of each k (M, G, K, p), and their products (M, K, p, p); and f, E, and counts (K, p, p)"
     theta,F,W,E = _quadrature(state, columns)
     f = _cuts(theta, torch.where(E, 1., W.square().mean(1)), ks)
     M,K,p,G = len(sizes), len(ks), W.shape[1], int(groups.max())+1
-    dt,dev = state.A.dtype, state.A.device
+    dt,dev,f64 = state.A.dtype, state.A.device, torch.float64
     sampled = torch.einsum('cj,jk,ji->cki', F[:,~E], f[~E].sqrt(), W[~E]).reshape(columns, K*p).to(dev, dt)
     exact = F[:,E].to(dev, dt)
-    out = [(torch.zeros(M+1, G, exact.shape[1], dtype=torch.float64, device=dev), torch.zeros(M+1, G, K*p, dtype=torch.float64, device=dev)) for _ in ranks]
+    out = [(torch.zeros(M+1, G, exact.shape[1], dtype=f64, device=dev), torch.zeros(M+1, G, K*p, dtype=f64, device=dev), torch.zeros(M+1, K, p, p, dtype=f64, device=dev)) for _ in ranks]
     for lo,P in state.basis.strips(columns):
-        U,Y = (P.T @ exact).double().square(), (P.T @ sampled).double().square()
-        for rank,(X,S) in zip(ranks, out): # rows of equal bucket and group add up
-            cell = torch.bucketize(rank[lo:lo+P.shape[1]], sizes, right=True).to(dev)*G + groups[lo:lo+P.shape[1]].to(dev)
-            X.view(-1, X.shape[-1]).index_add_(0, cell, U)
-            S.view(-1, S.shape[-1]).index_add_(0, cell, Y)
-    return [(X.cpu()[:M].cumsum(0), S.cpu()[:M].cumsum(0).reshape(M, G, K, p)) for X,S in out], f, E, W
+        U,Y = (P.T @ exact).double().square(), (P.T @ sampled).double()
+        for rank,(X,S,B) in zip(ranks, out): # rows of equal bucket and group add up
+            bucket = torch.bucketize(rank[lo:lo+P.shape[1]], sizes, right=True).to(dev)
+            cell = bucket*G + groups[lo:lo+P.shape[1]].to(dev)
+            X.flatten(0, 1).index_add_(0, cell, U)
+            S.flatten(0, 1).index_add_(0, cell, Y.square())
+            B += _pairs(Y.view(-1, K, p), bucket, M+1)
+    N = torch.einsum('ji,jk,jl->kil', W[~E], f[~E], W[~E])
+    return [(X.cpu()[:M].cumsum(0), S.cpu()[:M].cumsum(0).reshape(M, G, K, p), B.cpu()[:M].cumsum(0)) for X,S,B in out], f, E, N
 
-def _traces(state, columns, ranks, ks, groups):
-    "For each ordering: exact part (K, G) and sampled parts (K, p, G) of tr(M_k P_k); and the sampled counts (K, p)"
-    (sums,f,E,W),pick = _sums(state, columns, ranks, ks, ks, groups), torch.arange(len(ks))
-    parts = [(torch.einsum('kge,ek->kg', X, f[E]), S[pick,:,pick].permute(0, 2, 1)) for X,S in sums]
-    return parts, (W[~E].square()[:,None]*f[~E][:,:,None]).sum(0), int(E.sum())
+def _traces(state, columns, ranks, sizes, ks, groups):
+    "For each ordering tr(M P) of every size, k and group (M, K, G), and the products of its sampled part (M, K, p, p); their counts (K, p, p); and the number of exact pairs"
+    sums,f,E,N = _sums(state, columns, ranks, sizes, ks, groups)
+    return [(torch.einsum('mge,ek->mkg', X, f[E]) + S.mean(-1).transpose(1, 2), B) for X,S,B in sums], N, int(E.sum())
 
-# %% ../nbs/23_quadrature.ipynb #1fd98df8
-SHARE = .05 # of k eigenvalues that the node at the cut may stand for, for an overlap to be called resolved
+# %% ../nbs/23_quadrature.ipynb #95495c72
+def _order_nodes(theta, W, E):
+    "Nodes by magnitude, the largest first: their positions, and of how many eigenvalues they and those before them are"
+    o = theta.abs().argsort(descending=True)
+    return o, torch.where(E, 1., W.square().mean(1))[o].cumsum(0)
 
-def _cut_shares(theta, counts, E, ks):
-    "Position of the node at which k eigenvalues are counted, (K,), and for what share of k it stands, (K,): 0 for an eigenvalue"
-    at = torch.where(_cuts(theta, counts, ks)>0, theta.abs()[:,None], torch.inf).argmin(0)
-    return at, torch.where(E[at], 0., counts[at]/ks)
+def _resolved(theta, W, E, block):
+    "Number of eigenvalues up to the last node that is resolved: an exact one with exact ones before it only, or one with 1.5 blocks of nodes between it and zero"
+    o,C = _order_nodes(theta, W, E)
+    at = max(len(o)-math.ceil(1.5*block), int(E[o].long().cumprod(0).sum()))
+    return C[at-1].item() if at>0 else 0.
+
+def resolved(
+    state:BlockLanczos, # info['state'] of overlap_slq
+)->float: # between 0 and n
+    "The largest k at which the spectrum can be cut: 1.5 blocks of nodes lie between the cut and zero, or all before it are eigenvalues"
+    theta,_,W,E = _quadrature(state, state.size-state.newest)
+    return _resolved(theta, W, E, state.block_size)
 
 def cut_nodes(
     state:BlockLanczos, # info['state'] of overlap_slq
     ks, # (K,) ranks between 1 and n - 1, ascending
-)->tuple[Tensor,Tensor]: # (K,) values, of descending magnitude, and (K,) counts over k, 0 for an eigenvalue; float64
-    "The eigenvalue, or the node that stands for some, at which k of the largest magnitude are counted; and for what share of k a node stands"
+)->Tensor: # (K,) float64
+    "The eigenvalue, or the node that stands for some, at which k of the largest magnitude are counted"
     theta,_,W,E = _quadrature(state, state.size-state.newest)
-    at,share = _cut_shares(theta, torch.where(E, 1., W.square().mean(1)), E, torch.as_tensor(ks))
-    return theta[at], share
+    o,C = _order_nodes(theta, W, E)
+    return theta[o[torch.searchsorted(C, torch.as_tensor(ks).double()).clamp(max=len(o)-1)]]
 
-# %% ../nbs/23_quadrature.ipynb #cdcb46f3
+# %% ../nbs/23_quadrature.ipynb #f5ac163c
 def _student(df):
     from scipy.stats import t
     return t.ppf(.975, df)
 
 def _readings(state):
-    "All columns that were multiplied, and three quarters of them, in whole blocks"
+    "All columns that were multiplied, three quarters and half of them, in whole blocks"
     full,b = state.size-state.newest, state.block_size
-    return full, max(b, full*3//4//b*b)
+    return full, max(b, full*3//4//b*b), max(b, full//2//b*b)
 
+def _resolution(now, after_3_4, after_1_2):
+    "What the steps do not resolve: the change since three quarters of them, or a third of that since half of them, as large if errors fall with the number of steps"
+    return torch.maximum((now-after_3_4).abs(), (now-after_1_2).abs()/3)
+
+def _sampling(parts):
+    "Standard error of a trace that is the mean over all probes of all states, and half the width of its 95% interval, from each state's products and counts (..., p, p)"
+    trace = lambda C: C.diagonal(dim1=-2, dim2=-1).sum(-1)
+    p,df,squares,most = 0,0,0.,0.
+    for B,N in parts:
+        q,c = B.shape[-1], trace(B)/trace(N).clamp(min=1e-12)
+        squares,df,p = squares+(B-c[...,None,None]*N).square().sum((-2, -1)), df+(q-1)*(q+2)//2, p+q
+        most = most + 2*trace(N)/q*(c*(1-c)).clamp(min=0)/len(parts)
+    bound = (most/p).sqrt()
+    if df==0: return bound, 1.96*bound
+    se = (squares/df/p).sqrt()
+    return se, torch.minimum(_student(df)*se, 1.96*bound)
+
+def _interval(trace, reached, half, sizes, ks, limit, n):
+    "Ends of an interval for tr(M P_k): the estimate and its half-width; beyond the limit what is possible, of what was reached there"
+    low,high,beyond = trace-half, trace+half, ks>limit
+    least,most = torch.maximum(reached-half, sizes+ks-n), torch.minimum(reached+half+ks-limit, torch.minimum(sizes, ks))
+    return torch.where(beyond, torch.minimum(low, least), low).clamp(min=0), torch.minimum(torch.where(beyond, torch.maximum(high, most), high), torch.minimum(sizes, ks))
+
+# %% ../nbs/23_quadrature.ipynb #a5c78d41
 def _estimate(states, order_ranks, ks, groups):
-    "Pooled over states: for each ordering (overlap, stderr, resolution, groups (K, G)); and the number of exact pairs"
-    reads = []
-    for s in states: reads.append([_traces(s, columns, order_ranks, ks, groups) for columns in _readings(s)])
-    out = []
+    "Pooled over states: for each ordering a dict of overlap, stderr, resolution, low, high and groups (K, G); the largest resolved k; the number of exact pairs"
+    limit,K,n,ks = min(resolved(s) for s in states), len(ks), states[0].n, ks.double()
+    cuts = torch.cat([ks, torch.tensor([limit], dtype=torch.float64)])
+    reads = [[_traces(s, c, order_ranks, ks.long(), cuts, groups) for s,c in zip(states, columns)] for columns in zip(*map(_readings, states))]
+    now,out,diagonal = reads[0],[],torch.arange(K)
     for r in range(len(order_ranks)):
-        total = lambda which: torch.stack([(read[which][0][r][0] + read[which][0][r][1].mean(1))/ks[:,None] for read in reads]).mean(0)
-        d = []
-        for (parts,N,_),_ in reads:
-            S = parts[r][1].sum(-1)
-            d.append(S - (S.mean(1)/N.mean(1).clamp(min=1e-12))[:,None]*(N-N.mean(1, keepdim=True)))
-        d = torch.cat([x-x.mean(1, keepdim=True) for x in d], 1)
-        se = (d.square().sum(1)/max(1, d.shape[1]-len(reads))).sqrt()/d.shape[1]**.5/ks
-        out.append((total(0).sum(1), se, (total(0).sum(1)-total(1).sum(1)).abs(), total(0)))
-    return out, reads[0][0][2], d.shape[1]
+        T,*before = (torch.stack([read[0][r][0] for read in one]).mean(0) for one in reads) # (K, K+1, G)
+        t,res = T[diagonal,diagonal].sum(1), _resolution(*(v.sum(2)[diagonal,diagonal] for v in (T, *before)))
+        se,half = _sampling([(read[0][r][1][diagonal,diagonal], read[1][:K]) for read in now])
+        low,high = _interval(t, T[:,K].sum(1), half+2*res, ks, ks, limit, n)
+        out.append(dict(overlap=t/ks, stderr=se/ks, resolution=res/ks, low=low/ks, high=high/ks, groups=T[diagonal,diagonal]/ks[:,None]))
+    return out, limit, now[0][2]
 
 # %% ../nbs/23_quadrature.ipynb #02098e23
 def _check_slq(n, order, ks, groups):
@@ -206,19 +258,20 @@ def _check_slq(n, order, ks, groups):
     if g.shape!=(n,) or g.dtype!=torch.int64 or g.min()<0: raise ValueError(f'groups must be ({n},) int64 labels from 0')
     return list(orders), ranks, ks, g
 
-# %% ../nbs/23_quadrature.ipynb #d3d406ae
-def _trusted(o, se, res, share, chance, tau, state):
-    "Whether each estimate is resolved: the steps agree within the scatter or one per cent, no node at the cut stands for many of the k eigenvalues, and the cut is above what rounding does to A"
+# %% ../nbs/23_quadrature.ipynb #a4294e3e
+def _trusted(e, ks, limit, tau, state):
+    "Whether each estimate is resolved: the cut is, the steps agree within the scatter or a twentieth, and the cut is above what rounding does to A"
     floor = max(state.noise, 4*torch.finfo(state.A.dtype).eps*state.scale)
-    return (res<=torch.maximum(3*se, .01*torch.maximum(o, chance))) & (share<=SHARE) & (tau.abs()>=floor)
+    agree = e['resolution']<=torch.maximum(3*e['stderr'], .05*torch.maximum(e['overlap'], ks/state.n))
+    return agree & (ks<=limit) & (tau.abs()>=floor)
 
-# %% ../nbs/23_quadrature.ipynb #93857c71
+# %% ../nbs/23_quadrature.ipynb #3a74c082
 def overlap_slq(
     A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     order:Tensor|dict[str,Tensor], # (n,) int64 permutation, most important first; several by name
     ks:Tensor|None=None, # (K,) int64 ascending, between 1 and n - 1; None: 20 from n/1000 to n/2, evenly in the logarithm
     *,
-    num_probes:int=8, # columns of a block, at least 2
+    num_probes:int=8, # columns of a block, at least 1; few of them and more steps where n is large
     num_steps:int=40, # blocks, at least 4
     tol:float|None=None, # half-width of the interval over the estimate, or over chance if that is more, at every k: adds steps and probes until it is met; None: no more
     max_matvecs:int|None=None, # limit on products where tol is given; None: ten times num_probes num_steps
@@ -235,29 +288,31 @@ def overlap_slq(
     kw = dict(basis_dtype=basis_dtype, basis_place=basis_place)
     if isinstance(start, OverlapEstimate): start = start.info['state']
     states = [_grow_probes(A, num_probes, num_steps, seed, start, progress, **kw)]
-    found,exact,p = _estimate(states, ranks, ks, g)
-    if tol is not None: states,(found,exact,p) = _refine(A, states, (found, exact, p), ranks, ks, g, tol, max_matvecs or 10*num_probes*num_steps, progress, kw)
-    matvecs,out,cuts,share = sum(s.matvecs for s in states), {}, cut_nodes(states[0], ks)[0], torch.stack([cut_nodes(s, ks)[1] for s in states]).max(0).values
-    for name,(o,se,res,parts) in zip(names, found):
-        half = _student(max(1, p-len(states)))*se + 2*res
-        info = dict(method='slq', n=n, matvecs=matvecs, num_probes=p, num_steps=states[0].steps, exact=exact, trusted=_trusted(o, se, res, share, ks/n, cuts, states[0]), threshold=cuts.abs(), share=share, groups=parts,
-                    basis_bytes=sum(s.basis.nbytes for s in states), state=states[0], seed=seed, seconds=time.perf_counter()-began)
-        out[name] = OverlapEstimate(ks, o, se, res, (o-half).clamp(min=0), (o+half).clamp(max=1), info)
-        if not info['trusted'].all(): warnings.warn(f"the overlap{f' of {name!r}' if name else ''} is not resolved at {int((~info['trusted']).sum())} of {len(ks)} values of k, first at k = {ks[~info['trusted']][0]}: it still moves with the number of steps, or one node stands for many eigenvalues at the cut; raise num_steps", RuntimeWarning, stacklevel=2)
+    read = _estimate(states, ranks, ks, g)
+    if tol is not None: states,read = _refine(A, states, read, ranks, ks, g, tol, max_matvecs or 10*num_probes*num_steps, progress, kw)
+    (found,limit,exact),first,cuts,out = read, states[0], cut_nodes(states[0], ks).abs(), {}
+    same = dict(method='slq', n=n, matvecs=sum(s.matvecs for s in states), num_probes=sum(s.block_size for s in states), num_steps=first.steps, exact=exact, threshold=cuts, resolved=limit,
+                basis_bytes=sum(s.basis.nbytes for s in states), state=first, seed=seed, seconds=time.perf_counter()-began)
+    for name,e in zip(names, found):
+        info = same | dict(trusted=_trusted(e, ks, limit, cuts, first), groups=e.pop('groups'))
+        out[name] = OverlapEstimate(ks, **e, info=info)
+        _warn_unresolved(out[name], name)
     return out if isinstance(order, dict) else out['']
 
-# %% ../nbs/23_quadrature.ipynb #efee7ca8
+def _warn_unresolved(e, name=''):
+    bad = e.ks[~e.info['trusted']]
+    if len(bad): warnings.warn(f"the overlap{f' of {name!r}' if name else ''} is not resolved at {len(bad)} of {len(e.ks)} values of k, first at k = {bad[0]}: the nodes resolve cuts up to k = {e.info['resolved']:.0f}; raise num_steps", RuntimeWarning, stacklevel=3)
+
+# %% ../nbs/23_quadrature.ipynb #528237f6
 def _refine(A, states, read, ranks, ks, groups, tol, max_matvecs, progress, kw):
     "More steps or more probes, until every interval is narrower than tol times its estimate"
     while True:
-        found,_,p = read
-        t,unit = _student(max(1, p-len(states))), [torch.maximum(o, ks/states[0].n) for o,*_ in found]
-        spread = max((t*se/u).max() for (_,se,_,_),u in zip(found, unit)).item()
-        change = max((2*res/u).max() for (_,_,res,_),u in zip(found, unit)).item()
-        halves = max(((t*se+2*res)/u).max() for (_,se,res,_),u in zip(found, unit)).item()
+        (found,limit,_),s = read, states[0]
+        largest = lambda part: max((part(e)/torch.maximum(e['overlap'], ks/s.n)).max().item() for e in found)
+        change,halves = largest(lambda e: 2*e['resolution']), largest(lambda e: (e['high']-e['low'])/2)
         if halves<=tol: return states, read
-        s = states[0]
-        more_steps,extra = change>=spread and s.size+2*s.newest<=s.n, math.ceil(s.steps/4)
+        coarse = ks[-1]>limit or change>=halves/2
+        more_steps,extra = coarse and s.size+2*s.newest<=s.n, math.ceil(s.steps/4)
         if sum(t.matvecs for t in states)+(len(states)*s.block_size*extra if more_steps else s.matvecs)>max_matvecs:
             warnings.warn(f'intervals of {halves:.1%} of the estimate instead of {tol:.1%} after {sum(t.matvecs for t in states)} matvecs; raise max_matvecs', RuntimeWarning, stacklevel=3)
             return states, read

@@ -83,13 +83,13 @@ def synth_eigvals(
     lam = torch.cat([torch.ones(rank, dtype=torch.float64), tail])
     return lam if seed is None else lam*column_noise(n, [0], seed=seed)[:,0]
 
-# %% ../nbs/02_synthmat.ipynb #0263b646
+# %% ../nbs/02_synthmat.ipynb #7cacbcab
 class SynthOperator(LinearOperator):
     "The symmetric operator S Cᵀ diag(eigvals) C S: random signs S, cosine transform C"
     def __init__(self,
         eigvals:Tensor, # (n,) in any order
         *,
-        seed:int, # of the signs S
+        seed:int, # of the signs S; another one than that of an algorithm that starts from random signs
         dtype:torch.dtype=torch.float64, # torch.float32 or torch.float64
         device:torch.device|str='cpu', # where products are computed
     ):
