@@ -199,14 +199,14 @@ def stored_basis(a, cfg, H, model, n):
     found = overlap_slq(B, orders, ks, start=state, groups=by.labels.cpu(), num_probes=probes, num_steps=steps, seed=0)
     (seconds, products), one = clock(), found['magnitude'].info
     return dict(method='slq', probes=probes, steps=steps, matvecs=state.matvecs, seconds=seconds, seconds_in_products=products, exact=one['exact'],
-                basis=basis, basis_bytes=one['basis_bytes'], ks=ks.tolist(), layers=list(by.names), layer_sizes=by.sizes.tolist(), eigenvalues=state.ritz()[0][[0, -1]].tolist(),
+                basis=basis, basis_bytes=one['basis_bytes'], resolved=one['resolved'], ks=ks.tolist(), thresholds=one['threshold'].tolist(), layers=list(by.names), layer_sizes=by.sizes.tolist(), eigenvalues=state.ritz()[0][[0, -1]].tolist(),
                 orders={name: said(e) | dict(layers=e.info['groups'].tolist()) for name, e in found.items()})
 
 
 def three_blocks(a, cfg, H, model, n):
     "A few k in the memory of three blocks"
     alone = a.network == 'transformer_100m'
-    probes, steps = cfg['probes'] if alone else 2, a.masked_steps or (cfg['steps'] if alone else 32)
+    probes, steps = (a.probes or cfg['probes']) if alone else 2, a.masked_steps or (cfg['steps'] if alone else 32)
     ks, order, spent, began = torch.tensor([round(s*n) for s in SHARES]), magnitude_order(model), [], time.perf_counter()
     B, file = timed(H, spent), a.work and a.work/f"{a.network}{'_initial'*a.initial}_blocks.pt"
     state = ShortLanczos.load(file, B) if file and file.exists() else ShortLanczos(B, order, ks, num_probes=probes, seed=0)
@@ -219,7 +219,7 @@ def three_blocks(a, cfg, H, model, n):
     e = overlap_slq_masked(B, order, ks, start=state, num_probes=probes, num_steps=steps, seed=0)
     print(e, flush=True)
     return dict(method='slq_masked', probes=probes, steps=state.steps, matvecs=state.matvecs, **dict(zip(('seconds', 'seconds_in_products'), clock())),
-                block_bytes=e.info['block_bytes'], ks=ks.tolist(), thresholds=e.info['threshold'].tolist(), eigenvalues=state.nodes()[0][[0, -1]].tolist(), orders=dict(magnitude=said(e)))
+                block_bytes=e.info['block_bytes'], resolved=e.info['resolved'], ks=ks.tolist(), thresholds=e.info['threshold'].tolist(), eigenvalues=state.nodes()[0][[0, -1]].tolist(), orders=dict(magnitude=said(e)))
 
 
 def said(e): return dict(overlap=e.overlap.tolist(), low=e.low.tolist(), high=e.high.tolist(), stderr=e.stderr.tolist(), resolution=e.resolution.tolist(), trusted=e.info['trusted'].tolist())

@@ -346,14 +346,14 @@ def _draw_tables(self:OverlapExplorer, s):
     for bar, v in zip(self._bars, y): bar.set_width(v)
     self._dash.set_xdata(np.minimum(c, 1))
 
-# %% ../nbs/51_explore.ipynb #065eb039
+# %% ../nbs/51_explore.ipynb #f9154be6
 @patch
 def _say(self:OverlapExplorer, s):
     r, mask, split, step, n = self.record, self.mask.value, self.split.value, self.step.value, self.record.n
     note, within = "" if r.converged[s["i"], s["p"]] or r.has_intervals else " <i>(eigenpairs approximate or not converged)</i>", ""
     if s["within"]:
         low, high, trusted = (v[s["at"]] for v in s["within"]); within = f" (95% interval {low:.4f} to {high:.4f})"
-        note = "" if trusted else " <i>(not resolved: more steps would move the estimate, and its interval cannot be relied upon)</i>"
+        note = "" if trusted else " <i>(not resolved: the run has too few steps to tell these directions from those after them, and the interval is what is possible)</i>"
     elif r.has_intervals: note = " <i>(an estimate; intervals are known for single orderings, not for a mean)</i>"
     one = not self.tied.value or not r.random.shape[2]
     what = ("one random mask" if one else f"mean of {r.random.shape[2]} random masks") if mask == "random" else f"{html.escape(mask)} mask"

@@ -258,10 +258,11 @@ def _check_slq(n, order, ks, groups):
     if g.shape!=(n,) or g.dtype!=torch.int64 or g.min()<0: raise ValueError(f'groups must be ({n},) int64 labels from 0')
     return list(orders), ranks, ks, g
 
-# %% ../nbs/23_quadrature.ipynb #a4294e3e
+# %% ../nbs/23_quadrature.ipynb #b2c72e3e
 def _trusted(e, ks, limit, tau, state):
     "Whether each estimate is resolved: the cut is, the steps agree within the scatter or a twentieth, and the cut is above what rounding does to A"
-    floor = max(state.noise, 4*torch.finfo(state.A.dtype).eps*state.scale)
+    basis = getattr(state, 'basis', None) # if it is rounded, so is its asymmetry, of which Rayleigh and Ritz know
+    floor = max(0. if basis is not None and basis.lossy else state.noise, 4*torch.finfo(state.A.dtype).eps*state.scale)
     agree = e['resolution']<=torch.maximum(3*e['stderr'], .05*torch.maximum(e['overlap'], ks/state.n))
     return agree & (ks<=limit) & (tau.abs()>=floor)
 

@@ -244,7 +244,7 @@ def table_row(
              f"{chance:.4f}", f"{curve[-1]/chance:.2f}", str(matvecs), f"{seconds:.1f}"]
     return "".join(f"{c:>{w}}" for c, w in zip(cells, _widths(shown, len(half)))) + ("" if converged else " *")
 
-# %% ../nbs/40_record.ipynb #ec60472b
+# %% ../nbs/40_record.ipynb #ec556792
 @patch
 def table(self:OverlapRecord)->str: # a header, a line per (step, split), a footnote where eigenpairs did not converge
     "The record as a text table"
@@ -263,7 +263,7 @@ def table_note(
     "The footnote to rows marked with *"
     if np.all(converged): return []
     return [dict(seigh="* a sketch: eigenpairs approximated in one pass, their residuals not measured",
-                 slq="* not resolved at some mask sizes: more steps, num_steps, would move the overlap there")
+                 slq="* not resolved at some mask sizes: the interval is what is possible there; more steps, num_steps, narrow it")
             .get(method, "* eigenpairs not converged to the tolerance: read this row with care")]
 
 # %% ../nbs/40_record.ipynb #92662e39
