@@ -12,7 +12,8 @@ transformer keep a basis (overlap_slq, every k, several orderings and layers at 
 CIFAR-10 as a zip of class folders of images (train/airplane/0000.jpg ...); from JPEG files the result says that they are lossy. The text is, if
 none is given, the language reference that every Python carries (pydoc_data.topics, 0.5 MB of English and code); its checksum is in the
 result. The last tenth is held out; the baseline is a bigram model of the rest (counts plus one tenth). `--work` keeps the trained parameters
-and the Lanczos state, so that an interrupted run goes on where it was. Results: benchmarks/results/scale_NETWORK.json.
+and the Lanczos state, so that an interrupted run goes on where it was. `resolved` is the largest k at which
+the run resolves the cut, `resolved_after` that after fewer steps. Results: benchmarks/results/scale_NETWORK.json.
 """
 import argparse, hashlib, io, json, os, platform, resource, time, zipfile
 from pathlib import Path
@@ -23,6 +24,7 @@ from hessian_overlap import FunctionLinearOperator, HessianLinearOperator, magni
 from hessian_overlap.krylov import BlockLanczos
 from hessian_overlap.masked_start import ShortLanczos, overlap_slq_masked
 from hessian_overlap.masks import partition
+from hessian_overlap.quadrature import _quadrature, _resolved
 from hessian_overlap.models import cifar10_3c3d, seeded
 
 SHARES = (.001, .01, .05, .2)
@@ -198,8 +200,12 @@ def stored_basis(a, cfg, H, model, n):
     by = partition(model)
     found = overlap_slq(B, orders, ks, start=state, groups=by.labels.cpu(), num_probes=probes, num_steps=steps, seed=0)
     (seconds, products), one = clock(), found['magnitude'].info
+    after = {}
+    for m in sorted({max(1, steps*i//8) for i in range(1, 9)}):
+        theta, _, W, E = _quadrature(state, m*probes)
+        after[m] = _resolved(theta, W, E, probes)
     return dict(method='slq', probes=probes, steps=steps, matvecs=state.matvecs, seconds=seconds, seconds_in_products=products, exact=one['exact'],
-                basis=basis, basis_bytes=one['basis_bytes'], resolved=one['resolved'], ks=ks.tolist(), thresholds=one['threshold'].tolist(), layers=list(by.names), layer_sizes=by.sizes.tolist(), eigenvalues=state.ritz()[0][[0, -1]].tolist(),
+                basis=basis, basis_bytes=one['basis_bytes'], resolved=one['resolved'], resolved_after=after, ks=ks.tolist(), thresholds=one['threshold'].tolist(), layers=list(by.names), layer_sizes=by.sizes.tolist(), eigenvalues=state.ritz()[0][[0, -1]].tolist(),
                 orders={name: said(e) | dict(layers=e.info['groups'].tolist()) for name, e in found.items()})
 
 

@@ -83,20 +83,20 @@ def synth_eigvals(
     lam = torch.cat([torch.ones(rank, dtype=torch.float64), tail])
     return lam if seed is None else lam*column_noise(n, [0], seed=seed)[:,0]
 
-# %% ../nbs/02_synthmat.ipynb #7cacbcab
+# %% ../nbs/02_synthmat.ipynb #1269a3e7
 class SynthOperator(LinearOperator):
     "The symmetric operator S Cᵀ diag(eigvals) C S: random signs S, cosine transform C"
     def __init__(self,
         eigvals:Tensor, # (n,) in any order
         *,
-        seed:int, # of the signs S; another one than that of an algorithm that starts from random signs
+        seed:int, # of the signs S
         dtype:torch.dtype=torch.float64, # torch.float32 or torch.float64
         device:torch.device|str='cpu', # where products are computed
     ):
         n = len(eigvals)
         super().__init__((n,n), dtype, device, symmetric=True)
         self.eigvals = eigvals[eigvals.abs().argsort(descending=True, stable=True)].to(dtype).to(device)
-        self._signs = column_noise(n, [0], seed=seed, dtype=dtype, device=device)
+        self._signs = column_noise(n, [2**63], seed=seed, dtype=dtype, device=device) # a column that no algorithm draws
     def _matmat(self, V): return self._signs*idct(self.eigvals[:,None]*dct(self._signs*V))
     def eigvecs(self,
         k:int, # how many, 1 ≤ k ≤ n
