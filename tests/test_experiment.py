@@ -156,7 +156,7 @@ def test_a_part_of_another_method_does_not_pass(tmp_path):
 
 
 @pytest.mark.parametrize("kw, says", [(dict(ks=[]), "ks must ascend and not be empty"), (dict(ks=[3, 3]), "ks must ascend"), (dict(ks=[0, 3]), "one of ks must be .*1 and at most 361, got 0"), (dict(ks=[3, 362]), "one of ks|goes up to"),
-    (dict(ks=[2.5]), "2.5"), (dict(ks=[3, 9], k=8), "k = 8 is not the last of ks, 9"), (dict(num_steps=89), "89 blocks of 4 probes do not fit into 362 parameters, 88 do"), (dict(num_probes=1, num_steps=None), "num_probes must be"),
+    (dict(ks=[2.5]), "2.5"), (dict(ks=[3, 9], k=8), "k = 8 is not the last of ks, 9"), (dict(num_steps=89), "89 blocks of 4 probes do not fit into 362 parameters, 88 do"), (dict(num_probes=0, num_steps=None), "num_probes must be"),
     (dict(method="eigsh"), "num_probes is a setting of slq; the method is eigsh"), (dict(method="seigh", num_probes=None, num_steps=None, ks=[3]), "ks is a setting of slq; the method is seigh"), (dict(block_size=3), "block_size is a setting of eigsh")], ids=str)
 def test_wrong_settings_of_quadrature(kw, says, tmp_path):
     with pytest.raises(ValueError, match=says) as e: run_overlap(wide(), **WIDE | kw, out=tmp_path/"r")
@@ -371,7 +371,7 @@ BAD = {
     "inner above n": (argv("--method", "seigh", "--num-inner", "8000"), "num_inner must be .*7030"), "outer for eigsh": (argv("--num-outer", "30"), "num_outer is a setting of seigh"),
     "steps for eigsh": (argv("--num-steps", "30"), "num_steps is a setting of slq; the method is eigsh"), "probes for seigh": (argv("--method", "seigh", "--num-probes", "4"), "num_probes is a setting of slq; the method is seigh"),
     "tol for slq": (argv("--method", "slq", "--tol", "1e-3"), "tol is a setting of eigsh; the method is slq"), "outer for slq": (argv("--method", "slq", "--num-outer", "30"), "num_outer is a setting of seigh; the method is slq"),
-    "one probe": (argv("--method", "slq", "--num-probes", "1"), "num_probes must be .*2 and at most 7030, got 1"), "three steps": (argv("--method", "slq", "--num-steps", "3"), "num_steps must be .*4, got 3"),
+    "no probe": (argv("--method", "slq", "--num-probes", "0"), "num_probes must be .*1 and at most 7030, got 0"), "three steps": (argv("--method", "slq", "--num-steps", "3"), "num_steps must be .*4, got 3"),
     "no room": (argv("--method", "slq", "--num-steps", "900"), "900 blocks of 8 probes do not fit into 7030 parameters, 876 do"), "probes without room": (argv("--method", "slq", "--num-probes", "2000"), "slq with 2000 probes needs at least 12000"),
     "slq at n": (argv("--method", "slq", "--k", "7030"), "slq goes up to k = 7029"), "slq above n": (argv("--method", "slq", "--k", "7031"), "k = 7031 is more than"), "steps a fraction": (argv("--method", "slq", "--num-steps", "4.5"), "4.5"),
     "tol for seigh": (argv("--method", "seigh", "--tol", "1e-3"), "tol is a setting of eigsh"), "tol zero": (argv("--tol", "0"), "tol must be"), "tol nan": (argv("--tol", "nan"), "tol must be"), "tol negative": (argv("--tol=-1e-3"), "tol must be"),
