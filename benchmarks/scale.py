@@ -1,9 +1,8 @@
 """Overlap curves of networks whose eigenspaces fit nowhere: 3c3d on CIFAR-10, and character transformers of 10 and 100 million parameters.
 
 Train the network, take the Hessian of its loss on some training samples, and estimate the overlap of the mask of largest parameters with the
-leading eigenspace for k from a thousandth to a fifth of all n parameters (and beyond, where a basis is stored). 3c3d and the smaller
-transformer keep a basis (overlap_slq, every k, several orderings and layers at once); the larger transformer keeps three blocks
-(overlap_slq_masked, at a few k). `--both` runs the second method too, to compare them.
+leading eigenspace for k from a thousandth to a half of all n parameters (overlap_slq: every k, several orderings and layers at once, with a
+basis in bfloat16 for the transformers). `--both` runs overlap_slq_masked too, a few k in three blocks of memory, to compare them.
 
     python benchmarks/scale.py 3c3d --data cifar10-imagefolder.zip [--initial] [--work DIR] [--train-steps 4000] [--samples 500]
     python benchmarks/scale.py transformer_10m  [--text FILE] [--work DIR]
@@ -28,9 +27,9 @@ from hessian_overlap.quadrature import _quadrature, _resolved
 from hessian_overlap.models import cifar10_3c3d, seeded
 
 SHARES = (.001, .01, .05, .2)
-NETWORKS = {'3c3d': dict(train_steps=4000, batch=128, lr=.0226105, samples=500, probes=4, steps=256, basis='float32'),
+NETWORKS = {'3c3d': dict(train_steps=4000, batch=128, lr=.0226105, samples=500, probes=4, steps=512, basis='float32'),
             'transformer_10m': dict(width=384, layers=6, heads=6, train_steps=600, batch=16, lr=1e-3, samples=8, probes=3, steps=130, basis='bfloat16'),
-            'transformer_100m': dict(width=1024, layers=8, heads=16, train_steps=400, batch=8, lr=4e-4, samples=4, probes=1, steps=96)}
+            'transformer_100m': dict(width=1024, layers=8, heads=16, train_steps=400, batch=8, lr=4e-4, samples=4, probes=1, steps=56, basis='bfloat16', orders=('magnitude',), masked=(1, 64))}
 LENGTH = 128 # characters of a sequence
 
 
@@ -186,7 +185,7 @@ def keep(state, file, clock):
 def stored_basis(a, cfg, H, model, n):
     "Every k, several orderings and layers: overlap_slq"
     probes, steps, basis = a.probes or cfg['probes'], a.steps or cfg['steps'], a.basis or cfg['basis']
-    orders = dict(magnitude=magnitude_order(model), layerwise=magnitude_order(model, scope='layer'), random=random_order(n, seed=1))
+    make = dict(magnitude=lambda: magnitude_order(model), layerwise=lambda: magnitude_order(model, scope='layer'), random=lambda: random_order(n, seed=1))
     ks = torch.tensor(sorted({round(s*n) for s in (*SHARES, *np.geomspace(1e-3, .5, 16))}))
     file, spent, began = a.work and a.work/f"{a.network}{'_initial'*a.initial}_basis.pt", [], time.perf_counter()
     B = timed(H, spent)
@@ -196,8 +195,8 @@ def stored_basis(a, cfg, H, model, n):
     while state.steps < steps:
         state.step()
         if state.steps % 10 == 0: print('{} steps, {} products, {:.0f} s, {:.0f} s of them in products'.format(state.steps, state.matvecs, *clock()), flush=True)
-        if file and (state.steps % 40 == 0 or state.steps == steps): keep(state, file, clock())
-    by = partition(model)
+        if file and (state.steps % (40 if n < 10**8 else 14) == 0 or state.steps == steps): keep(state, file, clock())
+    by, orders = partition(model), {name: make[name]() for name in cfg.get('orders', make)}
     found = overlap_slq(B, orders, ks, start=state, groups=by.labels.cpu(), num_probes=probes, num_steps=steps, seed=0)
     (seconds, products), one = clock(), found['magnitude'].info
     after = {}
@@ -211,8 +210,7 @@ def stored_basis(a, cfg, H, model, n):
 
 def three_blocks(a, cfg, H, model, n):
     "A few k in the memory of three blocks"
-    alone = a.network == 'transformer_100m'
-    probes, steps = (a.probes or cfg['probes']) if alone else 2, a.masked_steps or (cfg['steps'] if alone else 32)
+    probes, steps = cfg.get('masked', (2, 32)); steps = a.masked_steps or steps
     ks, order, spent, began = torch.tensor([round(s*n) for s in SHARES]), magnitude_order(model), [], time.perf_counter()
     B, file = timed(H, spent), a.work and a.work/f"{a.network}{'_initial'*a.initial}_blocks.pt"
     state = ShortLanczos.load(file, B) if file and file.exists() else ShortLanczos(B, order, ks, num_probes=probes, seed=0)
@@ -247,8 +245,8 @@ def main():
     strategy = 'linear' if a.network != '3c3d' else None
     H = HessianLinearOperator(model, nn.CrossEntropyLoss(), None, data, strategy=strategy, check_deterministic=False)
     print(f'{a.network}: {n} parameters, Hessian of {what}, loss {H.loss:.4f}', flush=True)
-    runs = [] if a.network == 'transformer_100m' else [stored_basis(a, cfg, H, model, n)]
-    if a.network == 'transformer_100m' or a.both: runs.append(three_blocks(a, cfg, H, model, n))
+    runs = [stored_basis(a, cfg, H, model, n)]
+    if a.both: runs.append(three_blocks(a, cfg, H, model, n))
     out = dict(script='benchmarks/scale.py', network=a.network, n=n, training=training, hessian=dict(samples=what, loss=H.loss), runs=runs, strategy=H.info['strategy'],
                peak_memory=torch.cuda.max_memory_allocated() if a.device != 'cpu' else 1024*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
                environment=dict(device=torch.cuda.get_device_name() if a.device != 'cpu' else 'cpu', machine=platform.machine(), system=platform.system(), cores=os.cpu_count(),
