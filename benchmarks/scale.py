@@ -29,7 +29,7 @@ from hessian_overlap.models import cifar10_3c3d, seeded
 SHARES = (.001, .01, .05, .2)
 NETWORKS = {'3c3d': dict(train_steps=4000, batch=128, lr=.0226105, samples=500, probes=4, steps=512, basis='float32'),
             'transformer_10m': dict(width=384, layers=6, heads=6, train_steps=600, batch=16, lr=1e-3, samples=8, probes=3, steps=130, basis='bfloat16'),
-            'transformer_100m': dict(width=1024, layers=8, heads=16, train_steps=400, batch=8, lr=4e-4, samples=4, probes=1, steps=56, basis='bfloat16', orders=('magnitude',), masked=(1, 64))}
+            'transformer_100m': dict(width=1024, layers=8, heads=16, train_steps=400, batch=8, lr=4e-4, samples=4, probes=1, steps=56, basis='bfloat16', orders=('magnitude',), low=(1e-5, 3e-5, 1e-4, 1.5e-4), masked=(1, 64))}
 LENGTH = 128 # characters of a sequence
 
 
@@ -186,7 +186,7 @@ def stored_basis(a, cfg, H, model, n):
     "Every k, several orderings and layers: overlap_slq"
     probes, steps, basis = a.probes or cfg['probes'], a.steps or cfg['steps'], a.basis or cfg['basis']
     make = dict(magnitude=lambda: magnitude_order(model), layerwise=lambda: magnitude_order(model, scope='layer'), random=lambda: random_order(n, seed=1))
-    ks = torch.tensor(sorted({round(s*n) for s in (*SHARES, *np.geomspace(1e-3, .5, 16))}))
+    ks = torch.tensor(sorted({round(s*n) for s in (*cfg.get('low', ()), *SHARES, *np.geomspace(1e-3, .5, 16))}))
     file, spent, began = a.work and a.work/f"{a.network}{'_initial'*a.initial}_basis.pt", [], time.perf_counter()
     B = timed(H, spent)
     state = BlockLanczos.load(file, B) if file and file.exists() else BlockLanczos(B, probes, seed=0, basis_dtype=getattr(torch, basis), first=probes*(steps + 1))
