@@ -4,7 +4,7 @@ Train the network, take the Hessian of its loss on some training samples, and es
 leading eigenspace for k from a thousandth to a half of all n parameters (overlap_slq: every k, several orderings and layers at once, with a
 basis in bfloat16 for the transformers). `--both` runs overlap_slq_masked too, a few k in three blocks of memory, to compare them.
 
-    python benchmarks/scale.py 3c3d --data cifar10-imagefolder.zip [--initial] [--work DIR] [--train-steps 4000] [--samples 500]
+    python benchmarks/scale.py 3c3d --data cifar10-imagefolder.zip [--initial --steps 128] [--work DIR] [--train-steps 4000] [--samples 500]
     python benchmarks/scale.py transformer_10m  [--text FILE] [--work DIR]
     python benchmarks/scale.py transformer_100m [--text FILE] [--work DIR]
 

@@ -130,7 +130,7 @@ def _cuts(theta, counts, ks):
     f[o] = ((ks - (c.cumsum(0)-c)[:,None])/c[:,None].clamp(min=1e-300)).clamp(0, 1)
     return f
 
-# %% ../nbs/23_quadrature.ipynb #f939656e
+# %% ../nbs/23_quadrature.ipynb #f11285d6
 def _pairs(Y, cell, size):
     "Products of the columns (r, K, p) of each k, added up over rows of equal cell: (size, K, p, p)"
     out = Y.new_zeros(size, Y.shape[1], Y.shape[2], Y.shape[2])
@@ -141,29 +141,30 @@ def _pairs(Y, cell, size):
     return out
 
 def _sums(state, columns, ranks, sizes, ks, groups):
-    "For each ordering, added up over its first m parameters: squares of the exact vectors (M, G, |E|), of the sampled ones of each k (M, G, K, p), and their products (M, K, p, p); and f, E, and counts (K, p, p)"
+    "For each ordering, added up over its first m parameters: squares of the exact vectors (M, G, |E|), of the sampled ones of each k, on average over probes (M, G, K), and the products of these (M, K, p, p); and f, E, and counts (K, p, p)"
     theta,F,W,E = _quadrature(state, columns)
     f = _cuts(theta, torch.where(E, 1., W.square().mean(1)), ks)
     M,K,p,G = len(sizes), len(ks), W.shape[1], int(groups.max())+1
     dt,dev,f64 = state.A.dtype, state.A.device, torch.float64
     sampled = torch.einsum('cj,jk,ji->cki', F[:,~E], f[~E].sqrt(), W[~E]).reshape(columns, K*p).to(dev, dt)
     exact = F[:,E].to(dev, dt)
-    out = [(torch.zeros(M+1, G, exact.shape[1], dtype=f64, device=dev), torch.zeros(M+1, G, K*p, dtype=f64, device=dev), torch.zeros(M+1, K, p, p, dtype=f64, device=dev)) for _ in ranks]
+    out = [(torch.zeros(M+1, G, exact.shape[1], dtype=f64, device=dev), torch.zeros(M+1, G, K, dtype=f64, device=dev), torch.zeros(M+1, K, p, p, dtype=f64, device=dev)) for _ in ranks]
     for lo,P in state.basis.strips(columns):
-        U,Y = (P.T @ exact).double().square(), (P.T @ sampled).double()
+        U,Y = (P.T @ exact).double().square(), (P.T @ sampled).double().view(-1, K, p)
+        mean = Y.square().mean(2)
         for rank,(X,S,B) in zip(ranks, out): # rows of equal bucket and group add up
             bucket = torch.bucketize(rank[lo:lo+P.shape[1]], sizes, right=True).to(dev)
             cell = bucket*G + groups[lo:lo+P.shape[1]].to(dev)
             X.flatten(0, 1).index_add_(0, cell, U)
-            S.flatten(0, 1).index_add_(0, cell, Y.square())
-            B += _pairs(Y.view(-1, K, p), bucket, M+1)
+            S.flatten(0, 1).index_add_(0, cell, mean)
+            B += _pairs(Y, bucket, M+1)
     N = torch.einsum('ji,jk,jl->kil', W[~E], f[~E], W[~E])
-    return [(X.cpu()[:M].cumsum(0), S.cpu()[:M].cumsum(0).reshape(M, G, K, p), B.cpu()[:M].cumsum(0)) for X,S,B in out], f, E, N
+    return [tuple(v.cpu()[:M].cumsum(0) for v in sums) for sums in out], f, E, N
 
 def _traces(state, columns, ranks, sizes, ks, groups):
     "For each ordering tr(M P) of every size, k and group (M, K, G), and the products of its sampled part (M, K, p, p); their counts (K, p, p); and the number of exact pairs"
     sums,f,E,N = _sums(state, columns, ranks, sizes, ks, groups)
-    return [(torch.einsum('mge,ek->mkg', X, f[E]) + S.mean(-1).transpose(1, 2), B) for X,S,B in sums], N, int(E.sum())
+    return [(torch.einsum('mge,ek->mkg', X, f[E]) + S.transpose(1, 2), B) for X,S,B in sums], N, int(E.sum())
 
 # %% ../nbs/23_quadrature.ipynb #95495c72
 def _order_nodes(theta, W, E):
