@@ -29,7 +29,7 @@ ALL = ARRAYS | TABLES | INTERVALS | SPREAD
 class RecordError(ValueError):
     "A record that cannot be read or does not hang together; its message is one sentence"
 
-# %% ../nbs/40_record.ipynb #2aea5667
+# %% ../nbs/40_record.ipynb #4f5959c9
 @dataclass(frozen=True, eq=False, repr=False)
 class OverlapRecord:
     "Overlaps of k chosen parameters with the k directions of largest curvature, along a training run. Read-only."
@@ -67,8 +67,8 @@ class OverlapRecord:
     extra:np.ndarray=None   # (S, P, X, K) as magnitude, for the orderings that are not magnitude, random or best
     ks:np.ndarray=None      # (K,) mask sizes of the curves, ascending to k; None for all of 1..k
     low:np.ndarray=None; high:np.ndarray=None # (S, P, J, K) ends of 95% intervals, for magnitude and then each of extra
-    trusted:np.ndarray=None # (S, P, J, K) whether the estimate is resolved, so that its interval means something
-    half:np.ndarray=None    # (S, P, O, M, Q) half-widths of 95% intervals around overlaps
+    trusted:np.ndarray=None # (S, P, J, K) whether the run resolves the estimate; where not, its interval is what is possible
+    half:np.ndarray=None    # (S, P, O, M, Q) half-widths of 95% intervals around overlaps, the longer half
     def __post_init__(self): _check(self)
 
 # %% ../nbs/40_record.ipynb #9d6760e9
