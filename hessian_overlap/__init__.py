@@ -4,27 +4,30 @@ The public names below follow the flow of the data: operators, problems, eigenpa
 """
 __version__ = "0.1.0"
 
-from .linop import LinearOperator, FunctionLinearOperator, aslinearoperator
+from .linop import FunctionLinearOperator, LinearOperator, aslinearoperator
 from .synthmat import SynthOperator, synth_eigvals
 from .problems import Problem, make_problem
-from .training import TrainingRun, train, load_params
+from .training import TrainingRun, load_params, train
 from .curvature import HessianLinearOperator
-from .ggn import GGNLinearOperator, EFLinearOperator
-from .sketch import EighResult, SVDResult, Sketch, TestMatrix, seigh, ssvd
+from .ggn import EFLinearOperator, GGNLinearOperator
+from .sketch import EighResult, Sketch, SVDResult, TestMatrix, seigh, ssvd
 from .krylov import BlockLanczos, eigsh
-from .apost import ApostError, OverlapInterval, Residuals, ScreeBounds, apost_bounds, apost_error, overlap_error, residual_norms, scree_bounds
+from .apost import ApostError, OverlapInterval, Residuals, ScreeBounds
+from .apost import apost_bounds, apost_error, overlap_error, residual_norms, scree_bounds
 from .quadrature import OverlapEstimate, SpectralDensity, overlap_slq, spectral_density
 from .masked_start import overlap_slq_masked
-from .grassmann import principal_angles, grassmann_distance, metric_from_angles, mask_iou, distance_matrix, chance_overlap, random_angles, chance_distance
-from .masks import Mask, Partition, partition, score_order, magnitude_order, random_order, leverage, best_order, order_within, order_from_prune, mask_from_prune
-from .overlap import mask_overlap, overlap_curve, overlap_table, best_overlap_curve, OverlapSplit, overlap_split
-from .significance import Significance, overlap_significance, chance_mask_overlap, chance_curve, random_mask, random_mask_distances
-from .proxies import Proxy, gradient_proxy, sam_proxy, ggn_diagonal, ggn_proxy, sketch_diagonal, h2_proxy
-from .grassmann import overlap # after the module of the same name, which importing it would leave here
+from .grassmann import chance_distance, chance_overlap, distance_matrix, grassmann_distance, mask_iou
+from .grassmann import metric_from_angles, overlap, principal_angles, random_angles
+from .masks import Mask, Partition, best_order, leverage, magnitude_order, mask_from_prune
+from .masks import order_from_prune, order_within, partition, random_order, score_order
+from .overlaps import OverlapSplit, best_overlap_curve, mask_overlap, overlap_curve, overlap_split, overlap_table
+from .significance import Significance, chance_curve, chance_mask_overlap, overlap_significance
+from .significance import random_mask, random_mask_distances
+from .proxies import Proxy, ggn_diagonal, ggn_proxy, gradient_proxy, h2_proxy, sam_proxy, sketch_diagonal
 from .record import OverlapRecord, RecordError
-from .experiment import run_overlap, overlap_record
-from .plots import (plot_overlap_over_training, plot_overlap_curve, plot_spectrum, plot_overlap_table, plot_layers, plot_crystallisation, plot_metrics,
-                    plot_interval, plot_density)
+from .experiment import overlap_record, run_overlap
+from .plots import plot_crystallisation, plot_density, plot_interval, plot_layers, plot_metrics
+from .plots import plot_overlap_curve, plot_overlap_over_training, plot_overlap_table, plot_spectrum
 from .crystal import Crystallisation, crystallisation, crystallise
 from .explore import explore_overlap
 from .explore_crystal import explore_crystallisation
@@ -35,16 +38,19 @@ __all__ = [
     'Problem', 'make_problem', 'TrainingRun', 'train', 'load_params',
     'HessianLinearOperator', 'GGNLinearOperator', 'EFLinearOperator',
     'EighResult', 'SVDResult', 'Sketch', 'TestMatrix', 'seigh', 'ssvd', 'BlockLanczos', 'eigsh',
-    'ApostError', 'OverlapInterval', 'Residuals', 'ScreeBounds', 'apost_bounds', 'apost_error', 'overlap_error', 'residual_norms', 'scree_bounds',
+    'ApostError', 'OverlapInterval', 'Residuals', 'ScreeBounds',
+    'apost_bounds', 'apost_error', 'overlap_error', 'residual_norms', 'scree_bounds',
     'OverlapEstimate', 'SpectralDensity', 'overlap_slq', 'spectral_density', 'overlap_slq_masked',
     'principal_angles', 'overlap', 'grassmann_distance', 'metric_from_angles', 'mask_iou', 'distance_matrix',
-    'chance_overlap', 'random_angles', 'chance_distance', 'Mask', 'Partition', 'partition', 'score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order',
+    'chance_overlap', 'random_angles', 'chance_distance',
+    'Mask', 'Partition', 'partition', 'score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order',
     'order_within', 'order_from_prune', 'mask_from_prune',
     'mask_overlap', 'overlap_curve', 'overlap_table', 'best_overlap_curve', 'OverlapSplit', 'overlap_split',
-    'Significance', 'overlap_significance', 'chance_mask_overlap', 'chance_curve', 'random_mask', 'random_mask_distances',
+    'Significance', 'overlap_significance', 'chance_mask_overlap', 'chance_curve',
+    'random_mask', 'random_mask_distances',
     'Proxy', 'gradient_proxy', 'sam_proxy', 'ggn_diagonal', 'ggn_proxy', 'sketch_diagonal', 'h2_proxy',
     'OverlapRecord', 'RecordError', 'run_overlap', 'overlap_record',
-    'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'plot_overlap_table', 'plot_layers', 'plot_crystallisation', 'plot_metrics',
-    'plot_interval', 'plot_density', 'explore_overlap',
+    'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'plot_overlap_table', 'plot_layers',
+    'plot_crystallisation', 'plot_metrics', 'plot_interval', 'plot_density', 'explore_overlap',
     'Crystallisation', 'crystallisation', 'crystallise', 'explore_crystallisation', 'explore_sketch',
 ]

@@ -4,13 +4,17 @@
 
 # %% ../nbs/22_apost.ipynb #28482ae8
 from __future__ import annotations
+
+import math
 from typing import NamedTuple
-import math, torch
+
+import torch
 from torch import Tensor
-from .linop import aslinearoperator
-from .synthmat import column_noise
-from .sketch import EighResult, SVDResult, _STREAM, _images
+
 from .krylov import BlockLanczos
+from .linop import aslinearoperator
+from .sketch import STREAM, EighResult, SVDResult, operator_images
+from .synthmat import column_noise
 
 # %% auto #0
 __all__ = ['Residuals', 'residual_norms', 'apost_bounds', 'ApostError', 'apost_error', 'ScreeBounds', 'scree_bounds',
@@ -18,239 +22,300 @@ __all__ = ['Residuals', 'residual_norms', 'apost_bounds', 'ApostError', 'apost_e
 
 # %% ../nbs/22_apost.ipynb #e6d2cc73
 def _check_result(A, result):
-    "A as an operator and the result's vectors, if they fit together"
+    "A as an operator, if it and the result fit together"
     A = aslinearoperator(A)
-    if not isinstance(result, (EighResult,SVDResult)):
+    if not isinstance(result, (EighResult, SVDResult)):
         raise TypeError(f'a result of eigsh, seigh or ssvd is expected, got {type(result).__name__}')
-    shape = (result[1].shape[0],)*2 if isinstance(result, EighResult) else (result.U.shape[0], result.Vh.shape[1])
-    if A.shape!=shape: raise ValueError(f'the result is of a {shape[0]} x {shape[1]} operator, A is {A.shape[0]} x {A.shape[1]}')
-    if (A.dtype,A.device)!=(result[0].dtype,result[0].device):
+    if isinstance(result, EighResult): m = n = len(result.eigvecs)
+    else: m, n = result.U.shape[0], result.Vh.shape[1]
+    if A.shape != (m, n):
+        raise ValueError(f'the result is of a {m} x {n} operator, A is {A.shape[0]} x {A.shape[1]}')
+    if (A.dtype, A.device) != (result[0].dtype, result[0].device):
         raise TypeError(f'the result is {result[0].dtype} on {result[0].device}, A is {A.dtype} on {A.device}')
     return A
 
 def _product(A, V, progress=False, which=''):
     "A V in blocks of 64 columns, finite"
-    return torch.cat([Y for _,Y in _images(A, lambda c: V[:,c.start:c.stop], range(V.shape[1]), progress, which)], 1)
+    images = operator_images(A, lambda c: V[:, c.start:c.stop], range(V.shape[1]), progress, which)
+    return torch.cat([Y for _, Y in images], 1)
 
+# %% ../nbs/22_apost.ipynb #a7e36173
 class Residuals(NamedTuple):
     "Residual norms of a result, and what follows"
-    norms:Tensor # (k,) float64, ‖Au − θu‖/‖u‖, in units of the eigenvalues
-    low:Tensor # (k,) float64: an eigenvalue (a singular value) of A lies between low
-    high:Tensor # (k,) float64: and high
-    orthogonality:float # largest entry of |UᵀU − I|; of both sides for singular vectors
-    matvecs:int # products spent
-    def __repr__(self): return f'Residuals(up to {self.norms.max().item():.1e}, orthonormal to {self.orthogonality:.1e}; {self.matvecs} matvecs)'
+    norms: Tensor  # (k,) float64, ‖Au − θu‖/‖u‖, in units of the eigenvalues
+    low: Tensor  # (k,) float64: an eigenvalue (a singular value) of A lies between low
+    high: Tensor  # (k,) float64: and high
+    orthogonality: float  # largest entry of |UᵀU − I|; of both sides for singular vectors
+    matvecs: int  # products spent
+    def __repr__(self):
+        worst = self.norms.max().item()
+        return f'Residuals(up to {worst:.1e}, orthonormal to {self.orthogonality:.1e}; {self.matvecs} matvecs)'
 
 def residual_norms(
-    A, # (n, n) symmetric operator, or any operator for singular triplets
-    result:EighResult|SVDResult, # k eigenpairs or singular triplets
+    A,  # (n, n) symmetric operator, or any operator for singular triplets
+    result: EighResult | SVDResult,  # k eigenpairs or singular triplets
     *,
-    progress:bool=False, # a tqdm bar over blocks of products
-)->Residuals: # norms, eigenvalue bounds θ ± norm, orthogonality
-    "‖Au − θu‖ of every pair by k products (2k for singular triplets), with |θ − λ| ≤ ‖Au − θu‖ (Parlett 1998, theorem 4.5.1)"
+    progress: bool = False,  # a tqdm bar over blocks of products
+) -> Residuals:  # norms, eigenvalue bounds θ ± norm, orthogonality
+    "‖Au − θu‖ by k products (2k for singular triplets), with |θ − λ| ≤ ‖Au − θu‖ (Parlett 1998, theorem 4.5.1)"
     A = _check_result(A, result)
-    if isinstance(result, EighResult): theta,sides = result.eigvals, [(A, result.eigvecs, result.eigvecs)]
-    else: theta,sides = result.S, [(A, result.Vh.T, result.U), (A.T, result.U, result.Vh.T)]
-    squares = sum((_product(B, V, progress)-W*theta).double().square().sum(0) for B,V,W in sides)
-    weights = sum(W.double().square().sum(0) for _,_,W in sides)
-    norms,theta = (squares/weights).sqrt().cpu(), theta.double().cpu()
-    gap = max((W.mT @ W - torch.eye(W.shape[1], dtype=W.dtype, device=W.device)).abs().max().item() for _,_,W in sides)
-    return Residuals(norms, theta-norms, theta+norms, gap, len(theta)*len(sides))
+    if isinstance(result, EighResult): theta, sides = result.eigvals, [(A, result.eigvecs, result.eigvecs)]
+    else: theta, sides = result.S, [(A, result.Vh.T, result.U), (A.T, result.U, result.Vh.T)]
+    squares = sum((_product(B, V, progress)-W*theta).double().square().sum(0) for B, V, W in sides)
+    weights = sum(W.double().square().sum(0) for _, _, W in sides)
+    norms = (squares/weights).sqrt().cpu()
+    theta = theta.double().cpu()
+    identity = torch.eye(len(theta), dtype=A.dtype, device=A.device)
+    skew = max((W.mT @ W - identity).abs().max().item() for _, _, W in sides)
+    return Residuals(norms, theta-norms, theta+norms, skew, len(theta)*len(sides))
 
 # %% ../nbs/22_apost.ipynb #a5fd4a16
 def apost_bounds(
-    num_meas:int, # random measurements q, at least 1
-    confidence:float=.95, # in (0, 1); each side is missed with probability (1 - confidence)/2 at most
-)->tuple[float,float]: # (low, high), factors below and above 1: the error is between low and high times its estimate
+    num_meas: int,  # random measurements q, at least 1
+    confidence: float = .95,  # in (0, 1); each side is missed with probability (1 - confidence)/2 at most
+) -> tuple[float, float]:  # (low, high), factors below and above 1: the error is within low and high times its estimate
     "Bounds for the Frobenius error over its estimate, x e^{1-x} = α^{2/q} (Tropp et al. 2019, section 6.3)"
     from scipy.special import lambertw
-    if isinstance(num_meas, bool) or not isinstance(num_meas, int) or num_meas<1:
+    if isinstance(num_meas, bool) or not isinstance(num_meas, int) or num_meas < 1:
         raise ValueError(f'num_meas must be an integer, at least 1, got {num_meas!r}')
-    if not 0<confidence<1: raise ValueError(f'confidence must be between 0 and 1, got {confidence}')
+    if not 0 < confidence < 1: raise ValueError(f'confidence must be between 0 and 1, got {confidence}')
     y = -((1-confidence)/2)**(2/num_meas)/math.e
-    few,many = (-lambertw(y, branch).real for branch in (0,-1)) # err² over its mean is rarely below few, or above many
+    few, many = (-lambertw(y, branch).real for branch in (0, -1))  # err² over its mean is rarely outside
     return float(many**-.5), float(few**-.5)
 
 # %% ../nbs/22_apost.ipynb #8979bafd
 class ApostError(NamedTuple):
     "An estimate of ‖A − Â‖_F with bounds"
-    error:float # estimate of ‖A − Â‖_F
-    low:float # the error is at least this
-    high:float # and at most this, with the probability info['confidence']
-    norm:float # estimate of ‖A‖_F from the same measurements
-    info:dict # num_meas, confidence, matvecs, seed
+    error: float  # estimate of ‖A − Â‖_F
+    low: float  # the error is at least this
+    high: float  # and at most this, with the probability info['confidence']
+    norm: float  # estimate of ‖A‖_F from the same measurements
+    info: dict  # num_meas, confidence, matvecs, seed
     def __repr__(self):
         within = f"in [{self.low:.4g}, {self.high:.4g}] with {100*self.info['confidence']:g}%"
-        return f"ApostError(‖A − Â‖ = {self.error:.4g}, {within}; ‖A‖ = {self.norm:.4g}; {self.info['matvecs']} matvecs)"
+        spent = f"{self.info['matvecs']} matvecs"
+        return f'ApostError(‖A − Â‖ = {self.error:.4g}, {within}; ‖A‖ = {self.norm:.4g}; {spent})'
 
+def _factors(result):
+    "L, s and R with Â = L diag(s) R"
+    if isinstance(result, EighResult): return result.eigvecs, result.eigvals, result.eigvecs.T
+    return result.U, result.S, result.Vh
+
+# %% ../nbs/22_apost.ipynb #7c0b43ce
 def apost_error(
-    A, # (m, n) operator that the result is of
-    result:EighResult|SVDResult, # k eigenpairs or singular triplets
+    A,  # (m, n) operator that the result is of
+    result: EighResult | SVDResult,  # k eigenpairs or singular triplets
     *,
-    num_meas:int=30, # random products, at least 1
-    confidence:float=.95, # of the interval, in (0, 1)
-    seed:int, # of the measurements; may be that of the solver, which uses other streams
-    progress:bool=False, # a tqdm bar over blocks of products
-)->ApostError: # the estimate, its interval, and the norm of A
+    num_meas: int = 30,  # random products, at least 1
+    confidence: float = .95,  # of the interval, in (0, 1)
+    seed: int,  # of the measurements; may be that of the solver, which uses other streams
+    progress: bool = False,  # a tqdm bar over blocks of products
+) -> ApostError:  # the estimate, its interval, and the norm of A
     "Frobenius error of Â by `num_meas` Gaussian products (Tropp et al. 2019, section 6)"
-    A,(low,high) = _check_result(A, result), apost_bounds(num_meas, confidence)
-    left,values,right = (result.eigvecs, result.eigvals, result.eigvecs.T) if isinstance(result, EighResult) else result[:3]
-    missed,total = 0.,values.double().square().sum().item()
-    draw = lambda c: column_noise(A.shape[1], c, seed=seed+3*_STREAM, kind='gauss', dtype=A.dtype, device=A.device)
-    for c,Y in _images(A, draw, range(num_meas), progress):
-        known = left @ (values[:,None]*(right @ draw(c)))
+    A = _check_result(A, result)
+    low, high = apost_bounds(num_meas, confidence)
+    left, values, right = _factors(result)
+    def draw(c): return column_noise(A.shape[1], c, seed=seed+3*STREAM, kind='gauss', dtype=A.dtype, device=A.device)
+    missed = 0.
+    total = values.double().square().sum().item()
+    for c, Y in operator_images(A, draw, range(num_meas), progress):
+        known = left @ (values[:, None]*(right @ draw(c)))
         missed += (Y-known).double().square().sum().item()/num_meas
         total += (Y.double().square().sum() - known.double().square().sum()).item()/num_meas
     error = missed**.5
-    return ApostError(error, low*error, high*error, max(total, 0)**.5, dict(num_meas=num_meas, confidence=confidence, matvecs=num_meas, seed=seed))
+    info = dict(num_meas=num_meas, confidence=confidence, matvecs=num_meas, seed=seed)
+    return ApostError(error, low*error, high*error, max(total, 0)**.5, info)
 
 # %% ../nbs/22_apost.ipynb #efaac997
 class ScreeBounds(NamedTuple):
     "Bounds of the share of ‖A‖²_F that is left after r terms, r = 0, ..., k"
-    low:Tensor # (k + 1,) float64, dimensionless
-    high:Tensor # (k + 1,) float64, dimensionless; at most 1
+    low: Tensor  # (k + 1,) float64, dimensionless
+    high: Tensor  # (k + 1,) float64, dimensionless; at most 1
 
 def scree_bounds(
-    result:EighResult|SVDResult, # k eigenpairs or singular triplets
-    error:ApostError, # of this result, from apost_error
-)->ScreeBounds: # for r = 0, ..., k
+    result: EighResult | SVDResult,  # k eigenpairs or singular triplets
+    error: ApostError,  # of this result, from apost_error
+) -> ScreeBounds:  # for r = 0, ..., k
     "τ_r(Â)²/‖A‖² and (τ_r(Â) + ‖A − Â‖)²/‖A‖² with τ_r² = Σ_{j>r} σ_j² (Tropp et al. 2019, section 6.5)"
-    if not isinstance(error, ApostError): raise TypeError(f'error must be what apost_error returned, got {type(error).__name__}')
-    values = (result.S if isinstance(result, SVDResult) else result.eigvals.abs().sort(descending=True).values).double().cpu()
-    tail = torch.cat([values.square().flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]).sqrt()
+    if not isinstance(error, ApostError):
+        raise TypeError(f'error must be what apost_error returned, got {type(error).__name__}')
+    if isinstance(result, SVDResult): values = result.S
+    else: values = result.eigvals.abs().sort(descending=True).values
+    squares = values.double().cpu().square()
+    tail = torch.cat([squares.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]).sqrt()
     norm = max(error.norm, torch.finfo(torch.float64).tiny)
     return ScreeBounds((tail/norm).square().clamp(max=1), ((tail+error.error)/norm).square().clamp(max=1))
 
 # %% ../nbs/22_apost.ipynb #15d61c3e
 class OverlapInterval(NamedTuple):
     "Overlaps of parameters with leading eigenspaces, and intervals for the true ones"
-    ks:Tensor # (m,) int64 dimensions
-    estimate:Tensor # (m,) float64 in [0, 1]
-    low:Tensor # (m,) float64 in [0, 1]; the overlap with the true eigenspace is at least this
-    high:Tensor # (m,) float64 in [0, 1]; and at most this
-    info:dict # how: 'residuals', 'probe' or 'checkpoints'; matvecs spent; ...
+    ks: Tensor  # (m,) int64 dimensions
+    estimate: Tensor  # (m,) float64 in [0, 1]
+    low: Tensor  # (m,) float64 in [0, 1]; the overlap with the true eigenspace is at least this
+    high: Tensor  # (m,) float64 in [0, 1]; and at most this
+    info: dict  # how: 'residuals', 'probe' or 'checkpoints'; matvecs spent; ...
     def __repr__(self):
-        o,l,h = (v[-1].item() for v in self[1:4])
+        o, l, h = (v[-1].item() for v in self[1:4])
         last = f'at k = {self.ks[-1].item()} overlap {o:.6g} in [{l:.6g}, {h:.6g}]'
         return f"OverlapInterval({self.info['how']}: {len(self.ks)} dimensions, {last}; {self.info['matvecs']} matvecs)"
 
 def _interval(ks, estimate, low, high, eps, **info):
     "The interval at the wanted ks, widened by rounding"
-    estimate,low,high = (v[ks-1] for v in (estimate,low,high))
-    low,high = (torch.minimum(low, estimate)-10*eps).clamp(0, 1), (torch.maximum(high, estimate)+10*eps).clamp(0, 1)
+    estimate, low, high = (v[ks-1] for v in (estimate, low, high))
+    low = (torch.minimum(low, estimate)-10*eps).clamp(0, 1)
+    high = (torch.maximum(high, estimate)+10*eps).clamp(0, 1)
     return OverlapInterval(ks, estimate, low, high, info)
 
 # %% ../nbs/22_apost.ipynb #26f24d90
+def _is_mask(order): return hasattr(order, 'indices') and hasattr(order, 'k') and not isinstance(order, Tensor)
+
+def _check_mask(mask, ks, n, K):
+    "Raises if a Mask does not fit n parameters and the dimensions"
+    if mask.n != n or mask.k > K:
+        raise ValueError(f'the mask is {mask.k} of {mask.n}; {n} parameters and a k of at most {K} are expected')
+    if ks is not None and torch.as_tensor(ks).tolist() != [mask.k]:
+        raise ValueError(f'a mask of {mask.k} parameters has the dimension k = {mask.k}, got ks = {ks}')
+
+def _check_order(order, n):
+    "Raises if it is no ordering of n parameters"
+    if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.dim() != 1:
+        raise TypeError('an ordering is an int64 tensor of parameter indices, most important first; or give a Mask')
+    if len(order) != n or (order.bincount(minlength=n) != 1).any():
+        raise ValueError(f'an ordering must hold each of the {n} parameter indices once, got {len(order)} entries')
+
 def _check_masks(order, ks, n, K):
     "Rows of the largest mask in their order, the dimensions ks, and whether there is one mask only"
-    if hasattr(order, 'indices') and hasattr(order, 'k') and not isinstance(order, Tensor): # a Mask
-        if order.n!=n or order.k>K:
-            raise ValueError(f'the mask is {order.k} of {order.n}; {n} parameters and a k of at most {K} are expected')
-        if ks is not None and torch.as_tensor(ks).tolist()!=[order.k]:
-            raise ValueError(f'a mask of {order.k} parameters has the dimension k = {order.k}, got ks = {ks}')
+    if _is_mask(order):
+        _check_mask(order, ks, n, K)
         return order.indices, torch.tensor([order.k]), True
-    if not isinstance(order, Tensor) or order.dtype!=torch.int64 or order.dim()!=1:
-        raise TypeError('an ordering is an int64 tensor of parameter indices, most important first; or give a Mask')
-    if len(order)!=n or (order.bincount(minlength=n)!=1).any():
-        raise ValueError(f'an ordering must hold each of the {n} parameter indices once, got {len(order)} entries')
+    _check_order(order, n)
     ks = torch.arange(1, K+1) if ks is None else torch.as_tensor(ks)
-    if ks.dim()!=1 or not len(ks) or ks[0]<1 or ks[-1]>K or (ks.diff()<=0).any(): raise ValueError(f'ks must ascend between 1 and k = {K}')
+    if ks.dim() != 1 or not len(ks) or ks[0] < 1 or ks[-1] > K or (ks.diff() <= 0).any():
+        raise ValueError(f'ks must ascend between 1 and k = {K}')
     return order[:K], ks, False
 
+# %% ../nbs/22_apost.ipynb #c04c7636
 def _sums(rows, fixed):
-    "(K, K): squared entries in the first j columns and the rows of the i-th mask, from the rows of the largest one; all the same mask if fixed"
+    "(K, K): squared entries in the first j columns and the rows of the i-th mask; all masks the same if fixed"
     X = rows.double().cpu().square().cumsum(1)
     return X.sum(0).expand(X.shape[1], -1) if fixed else X.cumsum(0)
 
 def _curve(S): return S.diagonal()/torch.arange(1, len(S)+1)
 
 def _certificate(S, score, res, beyond):
-    "Lower and upper bounds of the overlap for k = 1, ..., K from residuals; beyond: score and residual of the first pair that is not there"
-    K,k = len(score),torch.arange(1, len(score)+1, dtype=torch.float64)
-    cut = torch.cat([score[1:]+res[1:], torch.tensor([math.inf if beyond is None else sum(beyond)], dtype=torch.float64)])
-    gap = score[:,None]-cut # pair j, prefix k'
-    x = torch.where(gap>res[:,None], res[:,None]/gap.clamp(min=1e-300), 1.)
+    "Bounds of the overlap for k = 1, ..., K from residuals; beyond: score and residual of the next pair, or None"
+    k = torch.arange(1, len(score)+1, dtype=torch.float64)
+    last = math.inf if beyond is None else sum(beyond)
+    cut = torch.cat([score[1:]+res[1:], torch.tensor([last], dtype=torch.float64)])
+    gap = score[:, None]-cut  # pair j, prefix k'
+    x = torch.where(gap > res[:, None], res[:, None]/gap.clamp(min=1e-300), 1.)
     B = x.triu().sum(0)
-    prefix = k[None,:]<=k[:,None]
+    prefix = k[None, :] <= k[:, None]
     low = torch.where(prefix, S-B, 0.).max(1).values/k
-    high = torch.where(prefix, S+B+(k[:,None]-k), math.inf).min(1).values/k
+    high = torch.where(prefix, S+B+(k[:, None]-k), math.inf).min(1).values/k
     return low.clamp(0, 1), high.clamp(0, 1)
 
 # %% ../nbs/22_apost.ipynb #4ed06e59
 def _neighbours(v, share=.3):
     "Running maximum over dimensions from (1 - share)k to (1 + share)k"
-    K = len(v)
-    return torch.stack([v[max(0, math.floor((1-share)*k)-1):min(K, math.floor((1+share)*k))].max() for k in range(1, K+1)])
+    K, out = len(v), []
+    for k in range(1, K+1):
+        first, last = math.floor((1-share)*k), math.floor((1+share)*k)
+        out.append(v[max(0, first-1):min(K, last)].max())
+    return torch.stack(out)
 
 def _probe(A, U, idx, fixed, progress):
-    "Overlap curve after one step of subspace iteration, half widths, and the share by which the subspace moved, for k = 1, ..., K"
-    n,K = U.shape
-    Q,R = torch.linalg.qr(_product(A, U, progress, ' of the probe'))
+    "Overlaps after one step of subspace iteration, half widths, and the share by which the subspace moved"
+    n, K = U.shape
+    Q, R = torch.linalg.qr(_product(A, U, progress, ' of the probe'))
     new = Q @ torch.linalg.svd(R)[0]
-    before,after = (_curve(_sums(V[idx.to(V.device)], fixed)) for V in (U,new))
+    before, after = (_curve(_sums(V[idx.to(V.device)], fixed)) for V in (U, new))
     k = torch.arange(1, K+1, dtype=torch.float64)
     moved = (1-_curve((U.T @ new).double().cpu().square().cumsum(0).cumsum(1))).clamp(min=0)
     fluctuation = 2/k*(moved*k*k/n*(1-k/n)/n).sqrt()
-    return after, 2.5*(_neighbours((after-before).abs())+fluctuation)/(1-moved).clamp(min=.01), moved
+    half = 2.5*(_neighbours((after-before).abs())+fluctuation)/(1-moved).clamp(min=.01)
+    return after, half, moved
 
 # %% ../nbs/22_apost.ipynb #ade88181
-def _checkpoints(state, K, idx, fixed):
-    "Overlap curve of a block Lanczos state and half widths from two earlier moments; scores and residuals of its leading K + 1 pairs"
-    theta,F,res = state.ritz()
-    m,back = len(theta), max(1, math.ceil(.075*K/state.block_size))*state.block_size
+def _check_past(state, K, m, back):
+    "Raises if there are too few pairs for two checkpoints in the past"
     if state.restarts: raise ValueError('a restarted state has forgotten its past: take the result of eigsh')
     need = max(math.ceil(1.5*K), K+2*back)
-    if m<need and m<state.n:
-        raise ValueError(f'{m} Ritz pairs are too few for k = {K}: checkpoints in the past need {need}; take some steps more')
-    rows,curves = state.basis.rows(idx)[:,:m], []
-    for size in (m, m-back, m-2*back) if m<state.n else (m,)*3: # a whole space has nothing to learn
-        t,G,_ = state.ritz(size)
-        S = _sums(rows[:,:size] @ G[:,t.abs().argsort(descending=True, stable=True)[:K]], fixed)
-        curves.append(_curve(S))
-        if size==m: S_now = S
+    if m < need and m < state.n:
+        few = f'{m} Ritz pairs are too few for k = {K}'
+        raise ValueError(f'{few}: checkpoints in the past need {need}; take some steps more')
+
+def _checkpoints(state, K, idx, fixed):
+    "Overlaps of a block Lanczos state, half widths from two earlier moments; sums, scores, residuals of K + 1 pairs"
+    theta, F, res = state.ritz()
+    m, back = len(theta), max(1, math.ceil(.075*K/state.block_size))*state.block_size
+    _check_past(state, K, m, back)
+    rows = state.basis.rows(idx)[:, :m]
+    def sums(size):
+        t, G, _ = state.ritz(size)
+        return _sums(rows[:, :size] @ G[:, t.abs().argsort(descending=True, stable=True)[:K]], fixed)
+    S = sums(m)
+    now = before = earlier = _curve(S)
+    if m < state.n: before, earlier = _curve(sums(m-back)), _curve(sums(m-2*back))  # a whole space has nothing to learn
+    half = 4*_neighbours(torch.maximum((now-before).abs(), (before-earlier).abs()))
     top = theta.abs().argsort(descending=True, stable=True)[:K+1]
-    half = 4*_neighbours(torch.maximum((curves[0]-curves[1]).abs(), (curves[1]-curves[2]).abs()))
-    return curves[0], half, S_now, theta[top].abs(), (res[top].square()+state.noise**2).sqrt()
+    return now, half, S, theta[top].abs(), (res[top].square()+state.noise**2).sqrt()
 
 # %% ../nbs/22_apost.ipynb #e6117c6d
 def overlap_error(
-    result:EighResult|BlockLanczos, # k eigenpairs from eigsh or seigh; or a block Lanczos state that was not restarted
-    order, # (n,) int64 ordering of the parameters, most important first: the first k against the leading k eigenvectors; or one Mask
-    ks:Tensor|None=None, # dimensions, ascending, at most k; None: 1, ..., k. Needed for a state, unless a Mask says it
+    result: EighResult | BlockLanczos,  # k eigenpairs from eigsh or seigh; or a block Lanczos state, not restarted
+    order,  # (n,) int64 parameters, most important first: the first k against the leading k eigenvectors; or a Mask
+    ks: Tensor | None = None,  # dimensions, ascending, at most k; None: 1, ..., k. A state needs them, or a Mask
     *,
-    A=None, # the operator, for sketches and only for them: k products
-    progress:bool=False, # a tqdm bar over blocks of products
-)->OverlapInterval: # overlaps with intervals for those with the true eigenspace
-    "An interval for the overlap with the true leading eigenspaces: from residuals, from k more products, or from a run's own past"
-    if isinstance(result, BlockLanczos):
-        if ks is None and not hasattr(order, 'k'): raise ValueError('a state has no k: give ks, or a Mask')
-        K = order.k if ks is None else int(torch.as_tensor(ks)[-1])
-        idx,ks,fixed = _check_masks(order, ks, result.n, K)
-        curve,half,S,score,res = _checkpoints(result, K, idx, fixed)
-        low,high = _certificate(S, score[:K], res[:K], (score[K].item(), res[K].item()) if len(score)>K else (-math.inf,0.))
-        low,high,eps = torch.maximum(low, curve-half), torch.minimum(high, curve+half), torch.finfo(result.A.dtype).eps
-        return _interval(ks, curve, low, high, eps, how='checkpoints', matvecs=0)
+    A=None,  # the operator, for sketches and only for them: k products
+    progress: bool = False,  # a tqdm bar over blocks of products
+) -> OverlapInterval:  # overlaps with intervals for those with the true eigenspace
+    "An interval for the overlap with the true leading eigenspaces: from residuals, k products, or a run's own past"
+    if isinstance(result, BlockLanczos): return _from_past(result, order, ks)
     if not isinstance(result, EighResult):
         raise TypeError(f'a result of eigsh or seigh, or a BlockLanczos, is expected, got {type(result).__name__}')
-    (n,K),which,eps = result.eigvecs.shape, result.info.get('which', 'LM'), torch.finfo(result.eigvecs.dtype).eps
-    idx,ks,fixed = _check_masks(order, ks, n, K)
-    if A is not None:
-        if result.info['converged'] is not None:
-            raise ValueError('one more product moves a Krylov subspace less than it is wrong: leave A away, or give the BlockLanczos state')
-        curve,half,moved = _probe(_check_result(A, result), result.eigvecs, idx, fixed, progress)
-        return _interval(ks, curve, curve-half, curve+half, eps, how='probe', matvecs=K, moved=moved[ks-1])
-    return _from_residuals(result, which, idx, ks, fixed, eps)
+    n, K = result.eigvecs.shape
+    idx, ks, fixed = _check_masks(order, ks, n, K)
+    if A is None: return _from_residuals(result, idx, ks, fixed)
+    if result.info['converged'] is not None:
+        raise ValueError('one more product moves a Krylov subspace less than it is wrong: '
+                         'leave A away, or give the BlockLanczos state')
+    curve, half, moved = _probe(_check_result(A, result), result.eigvecs, idx, fixed, progress)
+    eps = torch.finfo(result.eigvecs.dtype).eps
+    return _interval(ks, curve, curve-half, curve+half, eps, how='probe', matvecs=K, moved=moved[ks-1])
 
 # %% ../nbs/22_apost.ipynb #b62831d0
-def _from_residuals(result, which, idx, ks, fixed, eps):
+def _first_beyond(info, sign, n, K):
+    "Score and residual of the first pair that is not among the K; None: unknown"
+    if K == n: return -math.inf, 0.  # nothing is left
+    if info.get('next_residual') is None: return None
+    return sign(torch.tensor(info['next_eigval'])).item(), info['next_residual']
+
+def _from_residuals(result, idx, ks, fixed):
     "The interval of a result that knows its residuals and has missed nothing"
-    info,sign = result.info, dict(LM=torch.abs, LA=lambda v: v, SA=torch.neg).get(which)
+    info, U = result.info, result.eigvecs
     if info['converged'] is None or info.get('residual_norms') is None:
-        raise ValueError('a sketch may have missed eigenvalues, so its own numbers do not bound its error: give A, for an interval at the cost of k products')
-    if sign is None: raise ValueError(f"which={which!r} does not order the eigenvalues by what was wanted: take 'LM', 'LA' or 'SA'")
-    S = _sums(result.eigvecs[idx.to(result.eigvecs.device)], fixed)
-    beyond,nxt = None,info.get('next_eigval')
-    if info.get('next_residual') is not None: beyond = sign(torch.tensor(nxt)).item(), info['next_residual']
-    if len(S)==len(result.eigvecs): beyond = (-math.inf,0.) # nothing is left
-    low,high = _certificate(S, sign(result.eigvals.double().cpu()), info['residual_norms'], beyond)
-    return _interval(ks, _curve(S), low, high, eps, how='residuals', matvecs=0)
+        raise ValueError('a sketch may have missed eigenvalues, so its own numbers do not bound its error: '
+                         'give A, for an interval at the cost of k products')
+    which = info.get('which', 'LM')
+    sign = dict(LM=torch.abs, LA=lambda v: v, SA=torch.neg).get(which)
+    if sign is None:
+        wanted = "take 'LM', 'LA' or 'SA'"
+        raise ValueError(f'which={which!r} does not order the eigenvalues by what was wanted: {wanted}')
+    S = _sums(U[idx.to(U.device)], fixed)
+    beyond = _first_beyond(info, sign, len(U), len(S))
+    low, high = _certificate(S, sign(result.eigvals.double().cpu()), info['residual_norms'], beyond)
+    return _interval(ks, _curve(S), low, high, torch.finfo(U.dtype).eps, how='residuals', matvecs=0)
+
+# %% ../nbs/22_apost.ipynb #2564f22b
+def _from_past(state, order, ks):
+    "The interval of a block Lanczos state: from its past, narrowed by its residuals"
+    if ks is None and not hasattr(order, 'k'): raise ValueError('a state has no k: give ks, or a Mask')
+    K = order.k if ks is None else int(torch.as_tensor(ks)[-1])
+    idx, ks, fixed = _check_masks(order, ks, state.n, K)
+    curve, half, S, score, res = _checkpoints(state, K, idx, fixed)
+    beyond = (score[K].item(), res[K].item()) if len(score) > K else (-math.inf, 0.)
+    low, high = _certificate(S, score[:K], res[:K], beyond)
+    low = torch.maximum(low, curve-half)
+    high = torch.minimum(high, curve+half)
+    return _interval(ks, curve, low, high, torch.finfo(state.A.dtype).eps, how='checkpoints', matvecs=0)

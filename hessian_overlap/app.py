@@ -6,39 +6,48 @@
 __all__ = ['MAPS', 'PAGE', 'app_notebook', 'serving', 'serve']
 
 # %% ../nbs/54_app.ipynb #c771a0d1
-import json, os, socket, subprocess, sys, tempfile, webbrowser, hessian_overlap
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import webbrowser
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from .record import OverlapRecord
+
+import hessian_overlap
 from .crystal import Crystallisation
+from .record import OverlapRecord
 
 # %% ../nbs/54_app.ipynb #b7ed2ad1
-MAPS = "crystallization.json"   # in a run folder, beside the record
+MAPS = 'crystallization.json'   # in a run folder, beside the record
 
 def app_notebook(
-    run:Path|str, # folder of a finished run
-)->dict: # of nbformat 4
+    run: Path | str,  # folder of a finished run
+) -> dict:  # of nbformat 4
     "A notebook that shows the explorers of a run"
-    run = Path(run).resolve(); there = (run/MAPS).exists()
-    more = [["from hessian_overlap import explore_crystallisation", f"explore_crystallisation({str(run/MAPS)!r})"]]*there
-    return _notebook(run.name, ["from hessian_overlap import explore_overlap", f"explore_overlap({str(run)!r})"], *more)
+    run = Path(run).resolve()
+    there = (run/MAPS).exists()
+    more = [['from hessian_overlap import explore_crystallisation', f'explore_crystallisation({str(run/MAPS)!r})']]*there
+    return _notebook(run.name, ['from hessian_overlap import explore_overlap', f'explore_overlap({str(run)!r})'], *more)
 
 def _notebook(title, *cells):
     "A notebook of a title and cells of code, each a list of lines"
-    cell = lambda i, kind, source: dict(cell_type=kind, id=f"cell{i}", metadata={}, source=source) | (dict(outputs=[], execution_count=None) if kind == "code" else {})
-    cells = [cell(0, "markdown", f"# {title}"), *(cell(i + 1, "code", "\n".join(c)) for i, c in enumerate(cells))]
-    return dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), nbformat=4, nbformat_minor=5)
+    cell = lambda i, kind, source: dict(cell_type=kind, id=f'cell{i}', metadata={}, source=source) | (dict(outputs=[], execution_count=None) if kind == 'code' else {})
+    cells = [cell(0, 'markdown', f'# {title}'), *(cell(i + 1, 'code', '\n'.join(c)) for i, c in enumerate(cells))]
+    return dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)
 
 # %% ../nbs/54_app.ipynb #9ff17794
 def _need_voila():
-    if not all(find_spec(o) for o in ("voila", "ipykernel")): raise ValueError(
-        "the app needs Voila and a kernel for it, which are not installed: `pip install voila ipykernel`; in a notebook, explore_overlap(RUN) needs no app")
+    if not all(find_spec(o) for o in ('voila', 'ipykernel')): raise ValueError(
+        'the app needs Voila and a kernel for it, which are not installed: `pip install voila ipykernel`; in a notebook, explore_overlap(RUN) needs no app')
 
 def _free(port):
     "The port asked for, if nobody listens there, or a free one for 0"
     with socket.socket() as s:
-        try: s.bind(("127.0.0.1", port))
+        try: s.bind(('127.0.0.1', port))
         except (OSError, OverflowError) as e: raise ValueError(f"port {port} cannot be used ({getattr(e, 'strerror', None) or e}); leave --port away for a free one") from None
         return s.getsockname()[1]
 
@@ -49,46 +58,56 @@ PAGE = """{%- extends "voila/templates/lab/index.html.j2" -%}
 @contextmanager
 def _voila(nb, name, port=0, log=None):
     "Voila on a notebook, in a folder of its own"
-    _need_voila(); port = _free(port)
+    _need_voila()
+    port = _free(port)
     with tempfile.TemporaryDirectory() as d:
-        page = Path(d)/"share"/"voila"/"templates"/"hessian_overlap"; page.mkdir(parents=True); (page/"index.html.j2").write_text(PAGE); (page/"conf.json").write_text('{"base_template": "lab"}')
-        file = Path(d)/f"{name}.ipynb"; file.write_text(json.dumps(nb), encoding="utf-8"); here = str(Path(hessian_overlap.__file__).resolve().parents[1])
+        page = Path(d)/'share'/'voila'/'templates'/'hessian_overlap'
+        page.mkdir(parents=True)
+        (page/'index.html.j2').write_text(PAGE)
+        (page/'conf.json').write_text('{"base_template": "lab"}')
+        file = Path(d)/f'{name}.ipynb'
+        file.write_text(json.dumps(nb), encoding='utf-8')
+        here = str(Path(hessian_overlap.__file__).resolve().parents[1])
         first = lambda path, name: os.pathsep.join(filter(None, (str(path), os.environ.get(name))))
-        env = os.environ | dict(PYTHONPATH=first(here, "PYTHONPATH"), JUPYTER_PATH=first(Path(d)/"share", "JUPYTER_PATH")); log = log or subprocess.DEVNULL
-        voila = subprocess.Popen([sys.executable, "-m", "voila", str(file), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1", "--strip_sources=True", "--template=hessian_overlap"],
+        env = os.environ | dict(PYTHONPATH=first(here, 'PYTHONPATH'), JUPYTER_PATH=first(Path(d)/'share', 'JUPYTER_PATH'))
+        log = log or subprocess.DEVNULL
+        voila = subprocess.Popen([sys.executable, '-m', 'voila', str(file), '--no-browser', f'--port={port}', '--Voila.ip=127.0.0.1', '--strip_sources=True', '--template=hessian_overlap'],
                                  cwd=d, stdout=log, stderr=log, env=env)
-        try: yield f"http://127.0.0.1:{port}/", voila
+        try: yield f'http://127.0.0.1:{port}/', voila
         finally:
             voila.terminate()
             try: voila.wait(20)
-            except subprocess.TimeoutExpired: voila.kill(); voila.wait()
+            except subprocess.TimeoutExpired:
+                voila.kill()
+                voila.wait()
 
 @contextmanager
 def serving(
-    run:Path|str, # folder of a finished run
-    port:int=0,   # on this machine; 0 for a free one
+    run: Path | str,  # folder of a finished run
+    port: int = 0,   # on this machine; 0 for a free one
     log=None,     # file for what Voila says; None drops it
 ):
     "Voila on the explorers of a run: (address, process), for as long as the context lasts"
-    OverlapRecord.load(run); maps = Path(run)/MAPS
+    OverlapRecord.load(run)
+    maps = Path(run)/MAPS
     if maps.exists(): Crystallisation.load(maps)
     with _voila(app_notebook(run), Path(run).resolve().name, port, log) as at: yield at
 
 # %% ../nbs/54_app.ipynb #7511b58e
 def serve(
-    run:Path|str,      # folder of a finished run
-    *, port:int=0,     # on this machine; 0 for a free one
-    browser:bool=True, # open it
+    run: Path | str,      # folder of a finished run
+    *, port: int = 0,     # on this machine; 0 for a free one
+    browser: bool = True,  # open it
 ):
     "Open the explorers of a run in the browser, until Ctrl-C"
     with serving(run, port) as (url, voila):
         for _ in range(240):
-            if voila.poll() is not None: raise ValueError("Voila ended at once; `python -m voila --version` may say why")
+            if voila.poll() is not None: raise ValueError('Voila ended at once; `python -m voila --version` may say why')
             with socket.socket() as s:
-                if s.connect_ex(("127.0.0.1", int(url.rstrip("/").rpartition(":")[2]))) == 0: break
+                if s.connect_ex(('127.0.0.1', int(url.rstrip('/').rpartition(':')[2]))) == 0: break
             try: voila.wait(.25)
             except subprocess.TimeoutExpired: pass
-        print(f"the explorer of {run} is at {url}\nCtrl-C ends it", flush=True)
+        print(f'the explorer of {run} is at {url}\nCtrl-C ends it', flush=True)
         if browser: webbrowser.open(url)
         try: voila.wait()
         except KeyboardInterrupt: print()

@@ -4,237 +4,286 @@
 
 # %% ../nbs/19_basis.ipynb #639b379f
 from __future__ import annotations
-import os, math, torch
+
+import math
+import os
 from pathlib import Path
-from torch import Tensor
+
+import torch
 from fastcore.basics import patch
+from torch import Tensor
 
 # %% auto #0
 __all__ = ['PANEL', 'Basis']
 
 # %% ../nbs/19_basis.ipynb #f4c36703
-PANEL = 2**25 # bytes that are converted or turned at once
+PANEL = 2**25  # bytes that are converted or turned at once
 
 class Basis:
     "Columns of an (n, size) matrix Q, stored as rows in segments, in a place and precision of their own"
     def __init__(self,
-        n:int, # length of a column
-        dtype:torch.dtype, # of the arithmetic: torch.float32 or torch.float64
-        device:torch.device|str='cpu', # of the arithmetic
+        n: int,  # length of a column
+        dtype: torch.dtype,  # of the arithmetic: torch.float32 or torch.float64
+        device: torch.device | str = 'cpu',  # of the arithmetic
         *,
-        store_dtype:torch.dtype|None=None, # of the stored numbers, e.g. torch.float16 or torch.bfloat16; None: dtype
-        place:torch.device|str|Path|None=None, # where they lie: a device ('cpu' for host memory) or a folder for memory-mapped files; None: device
-        first:int=64, # columns of the first segment, at least 1
-        more:int=64, # columns of every other segment, at least 1
+        store_dtype: torch.dtype | None = None,  # of the stored numbers, e.g. torch.bfloat16; None: dtype
+        # where they lie: a device ('cpu' for host memory) or a folder for memory-mapped files; None: device
+        place: torch.device | str | Path | None = None,
+        first: int = 64,  # columns of the first segment, at least 1
+        more: int = 64,  # columns of every other segment, at least 1
     ):
-        self.n,self.dtype,self.device,self.first,self.more = n,dtype,torch.empty(0, device=device).device,max(1, int(first)),max(1, int(more))
+        self.n = n
+        self.dtype = dtype
+        self.device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
+        self.first, self.more = max(1, int(first)), max(1, int(more))
         self.store_dtype = store_dtype or dtype
-        if not self.store_dtype.is_floating_point: raise TypeError(f'a basis is stored in real floating point, got {store_dtype}')
-        self.lossy = torch.finfo(self.store_dtype).eps>torch.finfo(dtype).eps
-        self.scale = 2.**round(math.log2(n)/2) if self.lossy else 1. # entries of size one, far from underflow; a power of two rounds nothing
+        if not self.store_dtype.is_floating_point:
+            raise TypeError(f'a basis is stored in real floating point, got {store_dtype}')
         self.place = self.device if place is None else _place(place)
-        self.size,self._segments = 0,[]
-        self.gram = torch.zeros(0, 0, dtype=torch.float64) if self.lossy else None # QᵀQ of what is stored
-    @property
-    def nbytes(self): return sum(s.numel()*s.element_size() for s in self._segments) # allocated
-    def __repr__(self):
-        where = f'files in {self.place.name}' if isinstance(self.place, Path) else self.place
-        return f"Basis({self.size} columns of {self.n}, {str(self.store_dtype).split('.')[-1]} on {where}, {self.nbytes/2**20:.1f} MiB)"
+        self.size, self._segments = 0, []
+        self.lossy = torch.finfo(self.store_dtype).eps > torch.finfo(dtype).eps
+        # entries of size one, far from underflow; a power of two rounds nothing
+        self.scale = 2.**round(math.log2(n)/2) if self.lossy else 1.
+        self.gram = torch.zeros(0, 0, dtype=torch.float64) if self.lossy else None  # QᵀQ of what is stored
 
+# %% ../nbs/19_basis.ipynb #225c5ca9
 def _place(place):
     "A device, or an existing folder"
     try: return torch.empty(0, device=place).device
     except (RuntimeError, TypeError, AttributeError): folder = Path(place)
-    if not folder.is_dir(): raise ValueError(f"place must be a device or an existing folder, got {str(place)!r}")
+    if not folder.is_dir(): raise ValueError(f'place must be a device or an existing folder, got {str(place)!r}')
     return folder
+
+@patch(as_prop=True)
+def nbytes(self: Basis): return sum(s.numel()*s.element_size() for s in self._segments)  # allocated
+
+@patch
+def __repr__(self: Basis):
+    where = f'files in {self.place.name}' if isinstance(self.place, Path) else self.place
+    kind = str(self.store_dtype).removeprefix('torch.')
+    return f'Basis({self.size} columns of {self.n}, {kind} on {where}, {self.nbytes/2**20:.1f} MiB)'
 
 # %% ../nbs/19_basis.ipynb #9916819f
 @patch
-def _segment(self:Basis, rows):
+def _segment(self: Basis, rows):
     "One more segment, not initialised"
     if isinstance(self.place, Path):
         name = self.place/f'basis_{os.getpid()}_{id(self):x}_{len(self._segments)}.bin'
         seg = torch.from_file(str(name), shared=True, size=rows*self.n, dtype=self.store_dtype).view(rows, self.n)
-        name.unlink() # the mapping keeps the blocks; they are freed with the last tensor that uses them, whatever ends the program
-    else: seg = torch.empty(rows, self.n, dtype=self.store_dtype, device=self.place, pin_memory=self.place.type=='cpu' and self.device.type=='cuda')
+        # the mapping keeps the blocks; they are freed with the last tensor that uses them, whatever ends the program
+        name.unlink()
+    else:
+        pinned = self.place.type == 'cpu' and self.device.type == 'cuda'
+        seg = torch.empty(rows, self.n, dtype=self.store_dtype, device=self.place, pin_memory=pinned)
     self._segments.append(seg)
 
 @patch
-def _rows(self:Basis, lo, hi):
+def _rows(self: Basis, lo, hi):
     "The stored rows lo..hi, as (first row, view) of each segment they touch"
-    at,out = 0,[]
+    at = 0
+    out = []
     for seg in self._segments:
-        a,b = max(lo, at), min(hi, at+len(seg))
-        if a<b: out.append((a, seg[a-at:b-at]))
+        a, b = max(lo, at), min(hi, at+len(seg))
+        if a < b: out.append((a, seg[a-at:b-at]))
         at += len(seg)
     return out
 
+# %% ../nbs/19_basis.ipynb #9c539faa
 @patch
-def panels(self:Basis): # yields (first column, (columns, n) tensor in the dtype and on the device of the arithmetic)
+def _fit(self: Basis, room, count):
+    "How many rows of `count` numbers of the arithmetic fit into `room` bytes"
+    return room//(count*torch.finfo(self.dtype).bits//8)
+
+@patch
+def panels(self: Basis):  # yields (first column, (columns, n) tensor in the dtype and on the device of the arithmetic)
     "The basis piece by piece, columns as rows; times `scale`"
-    direct = self.store_dtype==self.dtype and self.place==self.device
-    for lo,rows in self._rows(0, self.size):
-        step = len(rows) if direct else max(1, PANEL//(self.n*torch.finfo(self.dtype).bits//8))
-        for i in range(0, len(rows), step): yield lo+i, rows[i:i+step].to(self.device, self.dtype, non_blocking=True)
+    direct = self.store_dtype == self.dtype and self.place == self.device
+    for lo, rows in self._rows(0, self.size):
+        step = len(rows) if direct else max(1, self._fit(PANEL, self.n))
+        for i in range(0, len(rows), step):
+            yield lo+i, rows[i:i+step].to(self.device, self.dtype, non_blocking=True)
 
 # %% ../nbs/19_basis.ipynb #ee877f6c
 @patch
-def append(self:Basis,
-    X:Tensor, # (n, b) orthonormal columns, orthogonal to the basis
-)->Tensor: # (n, b) the columns as stored
+def append(self: Basis,
+    X: Tensor,  # (n, b) orthonormal columns, orthogonal to the basis
+) -> Tensor:  # (n, b) the columns as stored
     "The columns of X join the basis"
-    lo,hi = self.size, self.size+X.shape[1]
-    while sum(len(s) for s in self._segments)<hi: self._segment(min(self.n, self.first) if not self._segments else self.more)
-    for a,rows in self._rows(lo, hi): rows.copy_(X.T[a-lo:a-lo+len(rows)]*self.scale)
+    lo, hi = self.size, self.size+X.shape[1]
+    while sum(len(s) for s in self._segments) < hi:
+        self._segment(self.more if self._segments else min(self.n, self.first))
+    for a, rows in self._rows(lo, hi): rows.copy_(X.T[a-lo:a-lo+len(rows)]*self.scale)
     self.size = hi
     X = self.columns(lo, hi)
     if self.lossy:
         G = torch.zeros(hi, hi, dtype=torch.float64)
-        G[:lo,:lo] = self.gram
-        G[:,lo:] = self.dot(X)
-        G[lo:,:lo] = G[:lo,lo:].T
+        G[:lo, :lo] = self.gram
+        G[:, lo:] = self.dot(X)
+        G[lo:, :lo] = G[:lo, lo:].T
         self.gram = G
     return X
 
+# %% ../nbs/19_basis.ipynb #d5e3052e
 @patch
-def columns(self:Basis,
-    lo:int, # first column
-    hi:int, # one past the last
-)->Tensor: # (n, hi - lo), contiguous
+def columns(self: Basis,
+    lo: int,  # first column
+    hi: int,  # one past the last
+) -> Tensor:  # (n, hi - lo), contiguous
     "Some columns, as the arithmetic sees them"
-    return torch.cat([r.to(self.device, self.dtype).T/self.scale for _,r in self._rows(lo, hi)] or [torch.empty(self.n, 0, dtype=self.dtype, device=self.device)], 1).contiguous()
+    blocks = [r.to(self.device, self.dtype).T/self.scale for _, r in self._rows(lo, hi)]
+    if not blocks: return torch.empty(self.n, 0, dtype=self.dtype, device=self.device)
+    return torch.cat(blocks, 1).contiguous()
 
 # %% ../nbs/19_basis.ipynb #0318f9e9
 @patch(as_prop=True)
-def _thin(self:Basis): # panels would hold a few columns only, and all of W would be read for each
-    return self.device.type=='cpu' and self.lossy and not isinstance(self.place, Path) and PANEL//(self.n*torch.finfo(self.dtype).bits//8)<min(64, self.size)
+def _thin(self: Basis):
+    "Whether panels would hold a few columns only, and all of W would be read for each"
+    if self.device.type != 'cpu' or not self.lossy or isinstance(self.place, Path): return False
+    return self._fit(PANEL, self.n) < min(64, self.size)
 
 @patch
-def _sweep(self:Basis, m): # yields (first row, last row, (m, rows) tensor): the first m columns, times scale, in a buffer that is used again
-    "The basis strip by strip of rows, all columns of a row at once"
-    width = max(1, PANEL//4//(max(1, m)*torch.finfo(self.dtype).bits//8)) # a quarter stays in the cache of a processor: half the time
+def _sweep(self: Basis, m):  # yields (first row, last row, (m, rows) tensor), a buffer that is used again
+    "The first m columns strip by strip of rows, all columns of a row at once, times `scale`"
+    width = max(1, self._fit(PANEL//4, max(1, m)))  # a quarter stays in the cache of a processor: half the time
     buffer = torch.empty(m, width, dtype=self.dtype, device=self.device)
     for c in range(0, self.n, width):
-        strip = buffer[:,:min(width, self.n-c)]
-        for a,r in self._rows(0, m): strip[a:a+len(r)] = r[:,c:c+width]
+        strip = buffer[:, :min(width, self.n-c)]
+        for a, r in self._rows(0, m): strip[a:a+len(r)] = r[:, c:c+width]
         yield c, c+strip.shape[1], strip
 
 @patch
-def dot(self:Basis,
-    W:Tensor, # (n, b)
-)->Tensor: # (size, b) float64 on the CPU
+def dot(self: Basis,
+    W: Tensor,  # (n, b)
+) -> Tensor:  # (size, b) float64 on the CPU
     "QᵀW"
-    if self._thin: return sum((P @ W[lo:hi]).double() for lo,hi,P in self._sweep(self.size))/self.scale
-    return (torch.cat([P @ W for _,P in self.panels()] or [W.new_zeros(0, W.shape[1])])/self.scale).double().cpu()
+    if self._thin: return sum((P @ W[lo:hi]).double() for lo, hi, P in self._sweep(self.size))/self.scale
+    products = [P @ W for _, P in self.panels()] or [W.new_zeros(0, W.shape[1])]
+    return (torch.cat(products)/self.scale).double().cpu()
 
 # %% ../nbs/19_basis.ipynb #d590ffd5
 @patch
-def rows(self:Basis,
-    idx:Tensor, # (k,) int64 row indices
-)->Tensor: # (k, size) float64 on the CPU
+def rows(self: Basis,
+    idx: Tensor,  # (k,) int64 row indices
+) -> Tensor:  # (k, size) float64 on the CPU
     "Some rows of Q: all columns at a few parameters"
-    out = [r[:,idx.to(r.device)].to(torch.float64).T.cpu()/self.scale for _,r in self._rows(0, self.size)]
+    out = [r[:, idx.to(r.device)].to(torch.float64).T.cpu()/self.scale for _, r in self._rows(0, self.size)]
     return torch.cat(out, 1) if out else torch.empty(len(idx), 0, dtype=torch.float64)
 
 # %% ../nbs/19_basis.ipynb #2637361c
 @patch
-def _pass(self:Basis, W):
-    "W − QQᵀW and QᵀW, reading the basis once where it can; columns lie contiguous in memory, which such thin products are fastest for"
-    rest,C = W.T.clone(memory_format=torch.contiguous_format),[]
-    if self._thin: # reads it twice, in strips
+def _pass(self: Basis, W):
+    "W − QQᵀW and QᵀW, reading the basis once where it can"
+    rest = W.T.clone(memory_format=torch.contiguous_format)  # thin products are fastest for contiguous columns
+    if self._thin:  # reads it twice, in strips
         C = self.dot(rest.T).to(W.dtype)
-        for lo,hi,P in self._sweep(self.size): rest[:,lo:hi].addmm_(C.T, P, alpha=-1/self.scale)
+        for lo, hi, P in self._sweep(self.size): rest[:, lo:hi].addmm_(C.T, P, alpha=-1/self.scale)
         return rest.T, C
-    for _,P in self.panels():
+    C = []
+    for _, P in self.panels():
         C.append((P @ rest.T)/self.scale)
         rest.addmm_(C[-1].T, P, alpha=-1/self.scale)
     return rest.T, torch.cat(C or [W.new_zeros(0, W.shape[1])])
 
+# %% ../nbs/19_basis.ipynb #347b989c
 @patch
-def project_out(self:Basis,
-    W:Tensor, # (n, b)
-    near:int|None=None, # columns from here on are projected out first; None: none are
-)->tuple[Tensor,Tensor]: # (n, b) what is left, and (size, b) the coefficients QᵀW in float64 on the CPU
-    "W − Q QᵀW by block classical Gram-Schmidt, once more while a pass took more than a tenth of what it left (Daniel, Gragg, Kaufman and Stewart 1976)"
+def project_out(self: Basis,
+    W: Tensor,  # (n, b)
+    near: int | None = None,  # columns from here on are projected out first; None: none are
+) -> tuple[Tensor, Tensor]:  # (n, b) what is left, and (size, b) the coefficients QᵀW in float64 on the CPU
+    "W − QQᵀW by block Gram-Schmidt, again while a pass took over a tenth of what it left (Daniel et al. 1976)"
     total = torch.zeros(self.size, W.shape[1], dtype=torch.float64)
-    if near is not None and near<self.size:
+    if near is not None and near < self.size:
         X = self.columns(near, self.size)
         C = X.T @ W
         W = (W.T - C.T @ X.T).T
         C = C.double().cpu()
-        if self.lossy: total = self.gram[:,near:] @ C
+        if self.lossy: total = self.gram[:, near:] @ C
         else: total[near:] = C
     for i in range(4):
-        W,C = self._pass(W)
-        total = total + C.double().cpu() if i==0 else total
-        if not (C.norm(dim=0)>.1*W.norm(dim=0)).any(): break
+        W, C = self._pass(W)
+        if i == 0: total = total + C.double().cpu()
+        if not (C.norm(dim=0) > .1*W.norm(dim=0)).any(): break
     return W, total
 
 # %% ../nbs/19_basis.ipynb #3e0e223f
 @patch
-def combine(self:Basis,
-    F:Tensor, # (m, k) coefficients of the first m columns, m ≤ size
-)->Tensor: # (n, k) in the dtype and on the device of the arithmetic
+def combine(self: Basis,
+    F: Tensor,  # (m, k) coefficients of the first m columns, m ≤ size
+) -> Tensor:  # (n, k) in the dtype and on the device of the arithmetic
     "QF"
     out = torch.zeros(F.shape[1], self.n, dtype=self.dtype, device=self.device)
     if self._thin and len(F):
-        for lo,hi,P in self._sweep(len(F)): torch.mm((F.T/self.scale).to(self.dtype), P, out=out[:,lo:hi])
+        C = (F.T/self.scale).to(self.dtype)
+        for lo, hi, P in self._sweep(len(F)): torch.mm(C, P, out=out[:, lo:hi])
         return out.T
-    for lo,P in self.panels():
+    for lo, P in self.panels():
         C = F[lo:lo+len(P)].to(self.device, self.dtype)/self.scale
         if len(C): out.addmm_(C.T, P[:len(C)])
     return out.T
 
+# %% ../nbs/19_basis.ipynb #53fa3087
 @patch
-def strips(self:Basis,
-    m:int, # of the first so many columns
-): # yields (first row, (m, rows) tensor in the dtype and on the device of the arithmetic)
+def _strip(self: Basis, m, lo, hi):  # (m, hi - lo) in the dtype and on the device of the arithmetic
+    "Rows lo..hi of the first m columns, transposed, times `scale`"
+    return torch.cat([r[:, lo:hi].to(self.device, self.dtype) for _, r in self._rows(0, m)])
+
+@patch
+def strips(self: Basis,
+    m: int,  # of the first so many columns
+):  # yields (first row, (m, rows) tensor in the dtype and on the device of the arithmetic)
     "Q strip by strip of rows, transposed, for what needs all columns of a row"
-    width = max(1, min(PANEL, max(2**20, self.nbytes//32))//(m*torch.finfo(self.dtype).bits//8))
-    for c in range(0, self.n, width): yield c, torch.cat([r[:,c:c+width].to(self.device, self.dtype) for _,r in self._rows(0, m)])/self.scale
+    room = min(PANEL, max(2**20, self.nbytes//32))
+    width = max(1, self._fit(room, m))
+    for c in range(0, self.n, width): yield c, self._strip(m, c, c+width)/self.scale
 
 # %% ../nbs/19_basis.ipynb #ae9de3cb
 @patch
-def rotate(self:Basis,
-    F:Tensor, # (l, m) coefficients of the first l columns, m ≤ l ≤ size; QF should have orthonormal columns
+def rotate(self: Basis,
+    F: Tensor,  # (l, m) coefficients of the first l columns, m ≤ l ≤ size; QF should have orthonormal columns
 ):
     "Q becomes QF, in place, strip by strip; segments that are no longer needed are freed"
-    m,work = F.shape[1], F.to(self.device, self.dtype)
+    m = F.shape[1]
+    work = F.to(self.device, self.dtype)
     G = torch.zeros(m, m, dtype=torch.float64, device=self.device) if self.lossy else None
-    for c,strip in self.strips(len(F)):
+    for c, strip in self.strips(len(F)):
         new = (work.T @ strip)*self.scale
-        for lo,r in self._rows(0, m): r[:,c:c+new.shape[1]] = new[lo:lo+len(r)]
+        for lo, r in self._rows(0, m): r[:, c:c+new.shape[1]] = new[lo:lo+len(r)]
         if self.lossy:
-            kept = torch.cat([r[:,c:c+new.shape[1]].to(self.device, self.dtype) for _,r in self._rows(0, m)])
+            kept = self._strip(m, c, c+new.shape[1])
             G += (kept @ kept.T).double()
     self.size = m
     if self.lossy: self.gram = G.cpu()/self.scale**2
-    while len(self._segments)>1 and sum(len(s) for s in self._segments[:-1])>=m: self._segments.pop()
+    while len(self._segments) > 1 and sum(len(s) for s in self._segments[:-1]) >= m:
+        self._segments.pop()
     return self
 
+# %% ../nbs/19_basis.ipynb #1ba8fc15
 @patch(as_prop=True)
-def Q(self:Basis)->Tensor: # (n, size); a view where the basis is one segment in the arithmetic's own dtype, else a copy
+def Q(self: Basis) -> Tensor:  # (n, size); a view of a single segment in the arithmetic's dtype, else a copy
     "The columns as one matrix"
-    if not self.lossy and self.store_dtype==self.dtype and len(self._segments)==1: return self._segments[0][:self.size].T
-    rows = [r.to(self.dtype).T/self.scale for _,r in self._rows(0, self.size)]
+    if self.store_dtype == self.dtype and len(self._segments) == 1: return self._segments[0][:self.size].T
+    rows = [r.to(self.dtype).T/self.scale for _, r in self._rows(0, self.size)]
     return torch.cat(rows, 1) if rows else torch.empty(self.n, 0, dtype=self.dtype, device=self.device)
 
 # %% ../nbs/19_basis.ipynb #69c5c662
 @patch
-def state_dict(self:Basis)->dict: # tensors and numbers
+def state_dict(self: Basis) -> dict:  # tensors and numbers
     "What is needed to go on"
-    return dict(n=self.n, dtype=str(self.dtype), store_dtype=str(self.store_dtype), size=self.size, first=self.first, more=self.more, segments=self._segments, gram=self.gram)
+    return dict(n=self.n, dtype=str(self.dtype), store_dtype=str(self.store_dtype), size=self.size,
+                first=self.first, more=self.more, segments=self._segments, gram=self.gram)
 
 @patch
-def load_state_dict(self:Basis,
-    state:dict, # from state_dict, of a basis with the same n and dtypes
+def load_state_dict(self: Basis,
+    state: dict,  # from state_dict, of a basis with the same n and dtypes
 ):
     "Take over the columns of another basis; they are copied to this one's place"
-    for name in ('n','dtype','store_dtype'):
-        if str(state[name])!=str(getattr(self, name)): raise ValueError(f'{name} is {state[name]} there and {getattr(self, name)} here')
-    self._segments,self.first,self.more = [],state['first'],state['more']
+    for name in ('n', 'dtype', 'store_dtype'):
+        there, here = state[name], getattr(self, name)
+        if str(there) != str(here): raise ValueError(f'{name} is {there} there and {here} here')
+    self.first, self.more = state['first'], state['more']
+    self._segments = []
     for seg in state['segments']:
         self._segment(len(seg))
         self._segments[-1].copy_(seg)
-    self.size,self.gram = state['size'],state['gram']
+    self.size, self.gram = state['size'], state['gram']
     return self

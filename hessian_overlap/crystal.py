@@ -4,20 +4,25 @@
 
 # %% ../nbs/42_crystal.ipynb #3cdc0ffc
 from __future__ import annotations
-import copy, json, numpy as np, torch
+
+import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from torch import Tensor
-from tqdm.auto import tqdm
+
+import numpy as np
+import torch
 from fastcore.basics import patch
-from .problems import Problem, make_problem
-from .training import TrainingRun, load_params
+from tqdm.auto import tqdm
+
 from .curvature import HessianLinearOperator
-from .krylov import eigsh
-from .grassmann import distance_matrix, principal_angles
-from .masks import Mask, magnitude_order
-from .record import RecordError, write_atomic
 from .experiment import read_settings
+from .grassmann import distance_matrix, principal_angles
+from .krylov import eigsh
+from .masks import Mask, magnitude_order
+from .problems import Problem, make_problem
+from .record import RecordError, write_atomic
+from .training import TrainingRun, load_params
 
 # %% auto #0
 __all__ = ['Crystallisation', 'crystallisation', 'crystallise']
@@ -26,34 +31,34 @@ __all__ = ['Crystallisation', 'crystallisation', 'crystallise']
 @dataclass(frozen=True, eq=False, repr=False)
 class Crystallisation:
     "Similarity of masks and of eigenspaces between all pairs of S steps, for K sizes"
-    problem:str        # what was trained
-    n:int              # number of parameters
-    steps:list         # (S,) training steps, increasing
-    sizes:list         # (K,) mask sizes and ranks
-    spaces:dict        # split -> (K, S, S) overlaps of eigenspaces, in [0, 1]
-    masks:np.ndarray|None=None # (K, S, S) intersection over union of magnitude masks, or None if that was not kept
-    angles:dict|None=None # split -> K arrays (S, S, k) of principal angles, radians, smallest first; or None
+    problem: str        # what was trained
+    n: int              # number of parameters
+    steps: list         # (S,) training steps, increasing
+    sizes: list         # (K,) mask sizes and ranks
+    spaces: dict        # split -> (K, S, S) overlaps of eigenspaces, in [0, 1]
+    masks: np.ndarray | None = None  # (K, S, S) intersection over union of magnitude masks, or None if that was not kept
+    angles: dict | None = None  # split -> K arrays (S, S, k) of principal angles, radians, smallest first; or None
     def __post_init__(self):
         want = (len(self.sizes), len(self.steps), len(self.steps))
-        for what, M in (("masks", self.masks), *self.spaces.items()):
-            if M is not None and np.shape(M) != want: raise RecordError(f"{what} has shape {np.shape(M)}, expected {want} for {want[0]} sizes and {want[1]} steps")
+        for what, M in (('masks', self.masks), *self.spaces.items()):
+            if M is not None and np.shape(M) != want: raise RecordError(f'{what} has shape {np.shape(M)}, expected {want} for {want[0]} sizes and {want[1]} steps')
     def __repr__(self):
         return f"Crystallisation({self.problem}: n={self.n}, sizes {self.sizes}, steps {self.steps}, {'/'.join(self.spaces)}{'' if self.angles else ', no angles kept'})"
 
 def crystallisation(
-    thetas, # (S, n) parameters at the steps
-    spaces:dict, # split -> S eigenspaces (n, k), most important first, k at least the largest size
-    steps, # (S,) training steps
-    sizes, # (K,) mask sizes and ranks, ascending
-    problem:str="run", # what was trained, for titles
-)->Crystallisation: # with masks and angles
+    thetas,  # (S, n) parameters at the steps
+    spaces: dict,  # split -> S eigenspaces (n, k), most important first, k at least the largest size
+    steps,  # (S,) training steps
+    sizes,  # (K,) mask sizes and ranks, ascending
+    problem: str = 'run',  # what was trained, for titles
+) -> Crystallisation:  # with masks and angles
     "Compare all pairs of steps"
     steps, sizes, orders = [int(s) for s in steps], [int(k) for k in sizes], [magnitude_order(t) for t in thetas]
     n = len(orders[0])
     for split, us in spaces.items():
         if len(us) != len(steps) or min(u.shape[1] for u in us) < sizes[-1]: raise ValueError(
-            f"{split} has {len(us)} eigenspaces of at least {min(u.shape[1] for u in us)} dimensions; {len(steps)} of {sizes[-1]} are needed")
-    masks = np.stack([distance_matrix([Mask(o, n=n, k=k) for o in orders], "iou").numpy() for k in sizes])
+            f'{split} has {len(us)} eigenspaces of at least {min(u.shape[1] for u in us)} dimensions; {len(steps)} of {sizes[-1]} are needed')
+    masks = np.stack([distance_matrix([Mask(o, n=n, k=k) for o in orders], 'iou').numpy() for k in sizes])
     angles = {split: [_all_angles([u[:, :k] for u in us]) for k in sizes] for split, us in spaces.items()}
     return Crystallisation(problem, n, steps, sizes, {split: np.stack([np.cos(a).__pow__(2).mean(-1) for a in A]) for split, A in angles.items()}, masks, angles)
 
@@ -66,25 +71,27 @@ def _all_angles(us):
 
 # %% ../nbs/42_crystal.ipynb #e20dd0b0
 def crystallise(
-    run, # a TrainingRun, or the folder of a run
-    sizes, # (K,) mask sizes and ranks, ascending
-    problem:Problem|None=None, # what was trained; None: made from the settings of the folder
+    run,  # a TrainingRun, or the folder of a run
+    sizes,  # (K,) mask sizes and ranks, ascending
+    problem: Problem | None = None,  # what was trained; None: made from the settings of the folder
     *,
-    splits:tuple=("test",), # whose Hessians
-    steps=None, # which of the snapshots; None for all
-    samples:int=500, # class-balanced samples in each Hessian
-    tol:float=1e-3, # of eigsh, relative
-    seed:int, # of eigsh
-    progress:bool=False, # a bar over eigenspaces
-    check=None, # called before each eigenspace; what it raises ends the work
-)->Crystallisation: # with masks and angles
+    splits: tuple = ('test',),  # whose Hessians
+    steps=None,  # which of the snapshots; None for all
+    samples: int = 500,  # class-balanced samples in each Hessian
+    tol: float = 1e-3,  # of eigsh, relative
+    seed: int,  # of eigsh
+    progress: bool = False,  # a bar over eigenspaces
+    check=None,  # called before each eigenspace; what it raises ends the work
+) -> Crystallisation:  # with masks and angles
     "Eigenspaces at the snapshots of a run, and the comparison of all pairs"
     if not isinstance(run, TrainingRun): run, problem = _read_run(Path(run), problem)
-    if problem is None: raise ValueError("a TrainingRun does not say what was trained: give problem")
-    steps = list(run.steps) if steps is None else list(steps); thetas = [run.theta(s) for s in steps]; model, spaces = copy.deepcopy(problem.model), {}
+    if problem is None: raise ValueError('a TrainingRun does not say what was trained: give problem')
+    steps = list(run.steps) if steps is None else list(steps)
+    thetas = [run.theta(s) for s in steps]
+    model, spaces = copy.deepcopy(problem.model), {}
     for split in splits:
         batches, spaces[split] = problem.hessian_data(split, samples), []
-        for theta in tqdm(thetas, desc=f"{split} eigenspaces", disable=not progress):
+        for theta in tqdm(thetas, desc=f'{split} eigenspaces', disable=not progress):
             if check: check()
             spaces[split].append(eigsh(HessianLinearOperator(load_params(model, theta), problem.loss_func, None, batches), int(max(sizes)), tol=tol, seed=seed).eigvecs)
     return crystallisation(thetas, spaces, steps, sizes, problem.name)
@@ -92,33 +99,34 @@ def crystallise(
 def _read_run(folder, problem):
     "The snapshots of a run folder, and its problem"
     s = read_settings(folder) if folder.is_dir() else None
-    if s is None or not (folder/"snapshots.npz").exists(): raise RecordError(f"no run in {folder}: settings.json or snapshots.npz is not there")
+    if s is None or not (folder/'snapshots.npz').exists(): raise RecordError(f'no run in {folder}: settings.json or snapshots.npz is not there')
     if problem is None:
-        try: problem = make_problem(s["problem"], seed=s["problem_seed"], device="cpu")
+        try: problem = make_problem(s['problem'], seed=s['problem_seed'], device='cpu')
         except ValueError: raise ValueError(f"the run in {folder} is of {s['problem']}, which the package does not make: give problem") from None
-    return TrainingRun.load(folder/"snapshots.npz"), problem
+    return TrainingRun.load(folder/'snapshots.npz'), problem
 
 # %% ../nbs/42_crystal.ipynb #1523d220
 @patch
-def save(self:Crystallisation,
-    path:Path|str, # of the JSON file
-)->Path: # the path
+def save(self: Crystallisation,
+    path: Path | str,  # of the JSON file
+) -> Path:  # the path
     "Write all of it to one file"
     rounded = lambda a, d=6: np.round(np.asarray(a, float), d).tolist()
     d = dict(problem=self.problem, n=self.n, steps=self.steps, sizes=self.sizes, maps={s: rounded(M) for s, M in self.spaces.items()},
              masks=None if self.masks is None else rounded(self.masks), angles=self.angles and {s: [rounded(a, 4) for a in A] for s, A in self.angles.items()})
-    write_atomic(path, json.dumps(d).encode() + b"\n")
+    write_atomic(path, json.dumps(d).encode() + b'\n')
     return Path(path)
 
 @patch(cls_method=True)
-def load(cls:Crystallisation,
-    path:Path|str, # of a file that save wrote, or the study's crystallization.json
-)->Crystallisation: # angles and masks are None where the file has none
+def load(cls: Crystallisation,
+    path: Path | str,  # of a file that save wrote, or the study's crystallization.json
+) -> Crystallisation:  # angles and masks are None where the file has none
     "Read it again"
     try:
-        d = json.loads(Path(path).read_bytes()); arrays = lambda v: {s: np.array(M) for s, M in v.items()}
-        return cls(d.get("problem", "mnist_mini"), d.get("n", 7030), d["steps"], d["sizes"], arrays(d["maps"]), None if d.get("masks") is None else np.array(d["masks"]),
-                   None if d.get("angles") is None else {s: [np.array(a, np.float32) for a in A] for s, A in d["angles"].items()})
-    except FileNotFoundError: raise RecordError(f"{path} is not there") from None
+        d = json.loads(Path(path).read_bytes())
+        arrays = lambda v: {s: np.array(M) for s, M in v.items()}
+        return cls(d.get('problem', 'mnist_mini'), d.get('n', 7030), d['steps'], d['sizes'], arrays(d['maps']), None if d.get('masks') is None else np.array(d['masks']),
+                   None if d.get('angles') is None else {s: [np.array(a, np.float32) for a in A] for s, A in d['angles'].items()})
+    except FileNotFoundError: raise RecordError(f'{path} is not there') from None
     except RecordError: raise
-    except (ValueError, KeyError, TypeError, AttributeError): raise RecordError(f"{path} is not a file of crystallisation maps") from None
+    except (ValueError, KeyError, TypeError, AttributeError): raise RecordError(f'{path} is not a file of crystallisation maps') from None

@@ -9,58 +9,84 @@ __all__ = ['OWN', 'OURS', 'PART', 'DAMAGE', 'COMMANDS', 'EXPECTED', 'USAGE', 'de
            'main']
 
 # %% ../nbs/41_experiment.ipynb #257aa5d1
-import copy, hashlib, io, json, os, platform, sys, time, warnings, zipfile, zlib
+import copy
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+import zipfile
+import zlib
 from importlib import import_module
-from types import SimpleNamespace
 from pathlib import Path
-import numpy as np, torch
+from types import SimpleNamespace
+
+import numpy as np
+import torch
 from fastcore.script import anno_parser
 from tqdm.auto import tqdm
+
 from . import __version__
-from .synthmat import column_noise
-from .problems import Problem, make_problem
-from .training import TrainingRun, load_params, train
 from .curvature import HessianLinearOperator
-from .sketch import seigh
 from .krylov import eigsh
-from .quadrature import cut_nodes, overlap_slq
 from .masks import magnitude_order, partition, random_order
-from .overlap import best_overlap_curve, overlap_curve
+from .overlaps import best_overlap_curve, overlap_curve
+from .problems import Problem, make_problem
+from .quadrature import cut_nodes, overlap_slq
+from hessian_overlap.record import (
+    INTERVALS,
+    SPREAD,
+    TABLES,
+    OverlapRecord,
+    RecordError,
+    npz_bytes,
+    table_header,
+    table_note,
+    table_row,
+    write_atomic,
+)
+from .sketch import seigh
+from .synthmat import column_noise
 from .tables import eigenspace_tables, grid, quadrature_tables
-from .record import INTERVALS, SPREAD, TABLES, OverlapRecord, RecordError, npz_bytes, table_header, table_note, table_row, write_atomic
+from .training import TrainingRun, load_params, train
 
 # %% ../nbs/41_experiment.ipynb #b2ad514b
 def default_snapshots(
-    steps:int, # of training, ≥ 0
-)->list: # increasing, from 0 to steps
+    steps: int,  # of training, ≥ 0
+) -> list:  # increasing, from 0 to steps
     "Steps 0, 50 and every 100, up to and with the last"
     return sorted({o for o in (0, 50, *range(100, steps + 1, 100), steps) if 0 <= o <= steps})
 
 # %% ../nbs/41_experiment.ipynb #b715b378
 def measure(
-    problem:Problem,    # its model is left as it is
-    theta:torch.Tensor, # (n,) parameters at which to look
-    split:str,          # "train" or "test"
-    s:dict,             # settings, as run_settings gives them
-    progress:bool=False,# a bar inside the eigensolver
-    strategy:str|None=None, # how the Hessian is multiplied; None for its default
-)->dict: # eigvals, residuals, magnitude, best: (K,) for the K mask sizes of s; random: (R, K); the tables; matvecs, seconds, converged: scalars; of slq also intervals
+    problem: Problem,    # its model is left as it is
+    theta: torch.Tensor,  # (n,) parameters at which to look
+    split: str,          # "train" or "test"
+    s: dict,             # settings, as run_settings gives them
+    progress: bool = False,  # a bar inside the eigensolver
+    strategy: str | None = None,  # how the Hessian is multiplied; None for its default
+) -> dict:  # eigvals, residuals, magnitude, best: (K,) for the K mask sizes of s; random: (R, K); the tables; matvecs, seconds, converged: scalars; of slq also intervals
     "Eigenpairs of one Hessian, or a quadrature, and the overlap of all masks"
-    model = load_params(copy.deepcopy(problem.model), theta); params = [p for p in model.parameters() if p.requires_grad]
-    H = HessianLinearOperator(model, problem.loss_func, params, problem.hessian_data(split, s["samples"]), strategy=strategy)
-    return _measure(H, model, s, f"the {split} Hessian", progress=progress)
+    model = load_params(copy.deepcopy(problem.model), theta)
+    params = [p for p in model.parameters() if p.requires_grad]
+    H = HessianLinearOperator(model, problem.loss_func, params, problem.hessian_data(split, s['samples']), strategy=strategy)
+    return _measure(H, model, s, f'the {split} Hessian', progress=progress)
 
 def _measure(H, model, s, what, orders=None, progress=False):
     "A part: what one Hessian says at one point"
     start = time.perf_counter()
-    if s["method"] == "slq": return estimates_of(H, model, s, orders, progress) | dict(seconds=time.perf_counter() - start)
-    if s["method"] == "eigsh": res = eigsh(H, s["k"], tol=s["tol"], block_size=s["block_size"], seed=s["seed"], progress=progress)
-    else: res = seigh(H, s["k"], num_outer=s["num_outer"], num_inner=s["num_inner"], seed=s["seed"], progress=progress)
+    if s['method'] == 'slq': return estimates_of(H, model, s, orders, progress) | dict(seconds=time.perf_counter() - start)
+    if s['method'] == 'eigsh': res = eigsh(H, s['k'], tol=s['tol'], block_size=s['block_size'], seed=s['seed'], progress=progress)
+    else: res = seigh(H, s['k'], num_outer=s['num_outer'], num_inner=s['num_inner'], seed=s['seed'], progress=progress)
     lam, U = res.eigvals, res.eigvecs
-    if not (torch.isfinite(lam).all() and torch.isfinite(U).all()): raise FloatingPointError(f"{what} has eigenpairs that are not finite")
-    resid = res.info.get("residual_norms"); resid = np.full(s["k"], np.nan) if resid is None else _as_np(torch.as_tensor(resid))
-    return dict(eigvals=_as_np(lam), residuals=resid, **overlaps_of(model, U, s["seed"], s["num_random"], orders), matvecs=np.int64(res.info["matvecs"]),
-                seconds=time.perf_counter() - start, converged=np.bool_(bool(res.info["converged"])))
+    if not (torch.isfinite(lam).all() and torch.isfinite(U).all()): raise FloatingPointError(f'{what} has eigenpairs that are not finite')
+    resid = res.info.get('residual_norms')
+    resid = np.full(s['k'], np.nan) if resid is None else _as_np(torch.as_tensor(resid))
+    return dict(eigvals=_as_np(lam), residuals=resid, **overlaps_of(model, U, s['seed'], s['num_random'], orders), matvecs=np.int64(res.info['matvecs']),
+                seconds=time.perf_counter() - start, converged=np.bool_(bool(res.info['converged'])))
 
 def _as_np(t): return t.detach().double().cpu().numpy()
 def _short(a): return np.round(a*2**24)/2**24
@@ -68,54 +94,56 @@ def _layers(a): return (np.round(a*2**16)/2**16).astype(np.float32)
 
 # %% ../nbs/41_experiment.ipynb #fb73e064
 def overlaps_of(
-    model:torch.nn.Module, # at the parameters to look at
-    U:torch.Tensor,        # (n, k) eigenvectors, most important first
-    seed:int,              # of the random masks
-    num_random:int,        # how many of them
-    orders:dict|None=None, # more orderings, name -> (n,) int64 permutation
-)->dict: # magnitude, best: (k,); random: (R, k); extra: (X, k); and the tables
+    model: torch.nn.Module,  # at the parameters to look at
+    U: torch.Tensor,        # (n, k) eigenvectors, most important first
+    seed: int,              # of the random masks
+    num_random: int,        # how many of them
+    orders: dict | None = None,  # more orderings, name -> (n,) int64 permutation
+) -> dict:  # magnitude, best: (k,); random: (R, k); extra: (X, k); and the tables
     "Overlap of all masks with one eigenspace, as a record keeps it"
     (n, k), curve = U.shape, lambda o: _as_np(overlap_curve(o.to(U.device), U))
     tabled, extra, rand = _orderings(model, n, seed, num_random, orders)
     t = eigenspace_tables(U, tabled, partition(model), *grid(n, k))
-    return dict(magnitude=curve(tabled["magnitude"]), best=_as_np(best_overlap_curve(U)), random=_short(np.array([curve(o) for o in rand]).reshape(num_random, k)),
-                extra=_short(np.array([curve(o) for o in extra.values()])), overlaps=t["table"], layers=_layers(t["layers"]), available=t["available"], variance=t["variance"])
+    return dict(magnitude=curve(tabled['magnitude']), best=_as_np(best_overlap_curve(U)), random=_short(np.array([curve(o) for o in rand]).reshape(num_random, k)),
+                extra=_short(np.array([curve(o) for o in extra.values()])), overlaps=t['table'], layers=_layers(t['layers']), available=t['available'], variance=t['variance'])
 
 def _orderings(model, n, seed, num_random, orders=None):
     "What is followed: by name as the tables have it, of these the ones beside magnitude and random, and all of the random ones"
     params, rand = [p for p in model.parameters() if p.requires_grad], [random_order(n, seed=mask_seed(seed, i)) for i in range(num_random)]
-    extra = {"layerwise": magnitude_order(params, scope="layer"), **(orders or {})}
-    return {"magnitude": magnitude_order(params), **({"random": rand[0]} if rand else {}), **extra}, extra, rand
+    extra = {'layerwise': magnitude_order(params, scope='layer'), **(orders or {})}
+    return {'magnitude': magnitude_order(params), **({'random': rand[0]} if rand else {}), **extra}, extra, rand
 
 def mask_seed(
-    seed:int, # of the run
-    i:int,    # index of the random mask, from 0
-)->int: # for random_order
+    seed: int,  # of the run
+    i: int,    # index of the random mask, from 0
+) -> int:  # for random_order
     "The seed of random mask `i`: a hash of (seed, i), so that neighbouring runs share no mask"
     return int(np.random.SeedSequence([seed, i, 0x6d61736b]).generate_state(1)[0])
 
 # %% ../nbs/41_experiment.ipynb #37d559ef
 def estimates_of(
     H,                     # (n, n) Hessian
-    model:torch.nn.Module, # at the parameters to look at
-    s:dict,                # settings: ks (K,), num_probes, num_steps, num_random, seed
-    orders:dict|None=None, # more orderings, name -> (n,) int64 permutation
-    progress:bool=False,   # a bar over steps
-)->dict: # as measure, with low, high and trusted: (1 + X, K), of magnitude and then of the X orderings beside it
+    model: torch.nn.Module,  # at the parameters to look at
+    s: dict,                # settings: ks (K,), num_probes, num_steps, num_random, seed
+    orders: dict | None = None,  # more orderings, name -> (n,) int64 permutation
+    progress: bool = False,   # a bar over steps
+) -> dict:  # as measure, with low, high and trusted: (1 + X, K), of magnitude and then of the X orderings beside it
     "Overlap of all masks by quadrature, as a record keeps it"
-    ks, (tabled, extra, rand) = np.array(s["ks"]), _orderings(model, H.shape[0], s["seed"], s["num_random"], orders)
-    every = {"magnitude": tabled["magnitude"], **extra, **{("random", i): o for i, o in enumerate(rand)}}
+    ks, (tabled, extra, rand) = np.array(s['ks']), _orderings(model, H.shape[0], s['seed'], s['num_random'], orders)
+    every = {'magnitude': tabled['magnitude'], **extra, **{('random', i): o for i, o in enumerate(rand)}}
     with warnings.catch_warnings():   # said once, below
-        warnings.filterwarnings("ignore", "the overlap of", RuntimeWarning)
-        est = overlap_slq(H, every, torch.tensor(ks), num_probes=s["num_probes"], num_steps=s["num_steps"], seed=s["seed"], progress=progress)
-    state, named = est["magnitude"].info["state"], ["magnitude", *extra]; nan, rows = np.full(len(ks), np.nan), lambda names, f: np.array([_as_np(f(est[o])) for o in names])
-    t, cuts = quadrature_tables(state, tabled, partition(model), *grid(H.shape[0], s["k"], ks=ks)), _as_np(cut_nodes(state, ks))
-    trusted = rows(named, lambda e: e.info["trusted"]) > 0; bad = ks[~trusted[0]]
-    if len(bad): warnings.warn(f"the overlap is not resolved at {len(bad)} of {len(ks)} mask sizes, first at k = {bad[0]}; raise num_steps", RuntimeWarning, stacklevel=3)
-    return dict(eigvals=cuts, residuals=nan, magnitude=_as_np(est["magnitude"].overlap), best=nan, extra=rows(extra, lambda e: e.overlap), variance=nan,
-                random=rows([("random", i) for i in range(len(rand))], lambda e: e.overlap).reshape(-1, len(ks)), overlaps=t["table"], half=t["half"], layers=_layers(t["layers"]),
-                available=t["available"], low=rows(named, lambda e: e.low), high=rows(named, lambda e: e.high), trusted=trusted,
-                matvecs=np.int64(est["magnitude"].info["matvecs"]), converged=np.bool_(trusted[0].all()))
+        warnings.filterwarnings('ignore', 'the overlap of', RuntimeWarning)
+        est = overlap_slq(H, every, torch.tensor(ks), num_probes=s['num_probes'], num_steps=s['num_steps'], seed=s['seed'], progress=progress)
+    state, named = est['magnitude'].info['state'], ['magnitude', *extra]
+    nan, rows = np.full(len(ks), np.nan), lambda names, f: np.array([_as_np(f(est[o])) for o in names])
+    t, cuts = quadrature_tables(state, tabled, partition(model), *grid(H.shape[0], s['k'], ks=ks)), _as_np(cut_nodes(state, ks))
+    trusted = rows(named, lambda e: e.info['trusted']) > 0
+    bad = ks[~trusted[0]]
+    if len(bad): warnings.warn(f'the overlap is not resolved at {len(bad)} of {len(ks)} mask sizes, first at k = {bad[0]}; raise num_steps', RuntimeWarning, stacklevel=3)
+    return dict(eigvals=cuts, residuals=nan, magnitude=_as_np(est['magnitude'].overlap), best=nan, extra=rows(extra, lambda e: e.overlap), variance=nan,
+                random=rows([('random', i) for i in range(len(rand))], lambda e: e.overlap).reshape(-1, len(ks)), overlaps=t['table'], half=t['half'], layers=_layers(t['layers']),
+                available=t['available'], low=rows(named, lambda e: e.low), high=rows(named, lambda e: e.high), trusted=trusted,
+                matvecs=np.int64(est['magnitude'].info['matvecs']), converged=np.bool_(trusted[0].all()))
 
 # %% ../nbs/41_experiment.ipynb #b63901fa
 def _digest(*tensors):
@@ -126,129 +154,137 @@ def _digest(*tensors):
 def _whole(name, v, low, high=None):
     "An integer in a range, or a sentence"
     if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < low or (high is not None and v > high):
-        raise ValueError(f"{name} must be a whole number of at least {low}" + (f" and at most {high}" if high is not None else "") + f", got {v!r}")
+        raise ValueError(f'{name} must be a whole number of at least {low}' + (f' and at most {high}' if high is not None else '') + f', got {v!r}')
     return int(v)
 
 # %% ../nbs/41_experiment.ipynb #c82a9b27
-OWN = dict(eigsh=("tol", "block_size"), seigh=("num_outer", "num_inner"), slq=("num_probes", "num_steps", "ks"))   # settings of each method
+OWN = dict(eigsh=('tol', 'block_size'), seigh=('num_outer', 'num_inner'), slq=('num_probes', 'num_steps', 'ks'))   # settings of each method
 
 def solver_settings(
-    n:int,         # number of parameters
-    k:int|None,    # largest mask size; None for its default
-    method:str,    # eigsh, seigh or slq
-    name:str="the model", # what has the parameters
+    n: int,         # number of parameters
+    k: int | None,    # largest mask size; None for its default
+    method: str,    # eigsh, seigh or slq
+    name: str = 'the model',  # what has the parameters
     **given,       # settings of the methods, None for their defaults
-)->dict: # method, k, and the settings of all methods; None for those of the others
+) -> dict:  # method, k, and the settings of all methods; None for those of the others
     "The settings of a method with their defaults filled in; those of the others are refused"
-    if method not in OWN: raise ValueError(f"unknown method {method!r}; choose eigsh, seigh or slq")
-    if odd := given.keys() - {o for names in OWN.values() for o in names}: raise TypeError(f"{min(odd)!r} is not a setting of any method")
+    if method not in OWN: raise ValueError(f'unknown method {method!r}; choose eigsh, seigh or slq')
+    if odd := given.keys() - {o for names in OWN.values() for o in names}: raise TypeError(f'{min(odd)!r} is not a setting of any method')
     for owner, names in OWN.items():
         for o in names if owner != method else ():
-            if given.get(o) is not None: raise ValueError(f"{o} is a setting of {owner}; the method is {method}")
-    own = {o: given.get(o) for o in OWN[method]}; ks = np.asarray([] if own.get("ks") is None else own["ks"]).tolist()
-    if k is None: k = 350 if method != "slq" else ks[-1] if ks else max(1, n//5)
-    if _whole("k", k, 1) > n: raise ValueError(f"k = {k} is more than the n = {n} parameters of {name}")
-    if method == "eigsh": own = _of_eigsh(n, **own)
-    elif method == "seigh": own = _of_seigh(n, k, **own)
+            if given.get(o) is not None: raise ValueError(f'{o} is a setting of {owner}; the method is {method}')
+    own = {o: given.get(o) for o in OWN[method]}
+    ks = np.asarray([] if own.get('ks') is None else own['ks']).tolist()
+    if k is None: k = 350 if method != 'slq' else ks[-1] if ks else max(1, n//5)
+    if _whole('k', k, 1) > n: raise ValueError(f'k = {k} is more than the n = {n} parameters of {name}')
+    if method == 'eigsh': own = _of_eigsh(n, **own)
+    elif method == 'seigh': own = _of_seigh(n, k, **own)
     else: own = _of_slq(n, k, **own)
     return dict(method=method, k=int(k), **{o: own.get(o) for names in OWN.values() for o in names})
 
 def _of_eigsh(n, tol, block_size):
     tol = 1e-5 if tol is None else float(tol)
-    if not 0 < tol < 1: raise ValueError(f"tol must be between 0 and 1, got {tol}")
-    return dict(tol=tol, block_size=None if block_size is None else _whole("block_size", block_size, 1, n))
+    if not 0 < tol < 1: raise ValueError(f'tol must be between 0 and 1, got {tol}')
+    return dict(tol=tol, block_size=None if block_size is None else _whole('block_size', block_size, 1, n))
 
 def _of_seigh(n, k, num_outer, num_inner):
-    outer = min(k + 5, n) if num_outer is None else _whole("num_outer", num_outer, k, n)
-    inner = min(2*outer, n) if num_inner is None else _whole("num_inner", num_inner, 1, n)
-    if inner < outer: raise ValueError(f"num_inner = {inner} is less than num_outer = {outer}; the inner measurements must be at least as many")
+    outer = min(k + 5, n) if num_outer is None else _whole('num_outer', num_outer, k, n)
+    inner = min(2*outer, n) if num_inner is None else _whole('num_inner', num_inner, 1, n)
+    if inner < outer: raise ValueError(f'num_inner = {inner} is less than num_outer = {outer}; the inner measurements must be at least as many')
     return dict(num_outer=outer, num_inner=inner)
 
 # %% ../nbs/41_experiment.ipynb #ae173d87
 def _of_slq(n, k, num_probes, num_steps, ks):
-    p = 8 if num_probes is None else _whole("num_probes", num_probes, 1, n); room = n//p - 2
-    if room < 4: raise ValueError(f"slq with {p} probes needs at least {6*p} parameters, there are {n}: take fewer probes, or eigsh for all eigenpairs")
-    steps = min(80, room) if num_steps is None else _whole("num_steps", num_steps, 4)
-    if steps > room: raise ValueError(f"num_steps = {steps} blocks of {p} probes do not fit into {n} parameters, {room} do: take fewer, or eigsh for all eigenpairs")
-    if k >= n: raise ValueError(f"slq goes up to k = {n - 1}, one less than there are parameters, got {k}: at n every overlap is 1")
+    p = 8 if num_probes is None else _whole('num_probes', num_probes, 1, n)
+    room = n//p - 2
+    if room < 4: raise ValueError(f'slq with {p} probes needs at least {6*p} parameters, there are {n}: take fewer probes, or eigsh for all eigenpairs')
+    steps = min(80, room) if num_steps is None else _whole('num_steps', num_steps, 4)
+    if steps > room: raise ValueError(f'num_steps = {steps} blocks of {p} probes do not fit into {n} parameters, {room} do: take fewer, or eigsh for all eigenpairs')
+    if k >= n: raise ValueError(f'slq goes up to k = {n - 1}, one less than there are parameters, got {k}: at n every overlap is 1')
     if ks is None: return dict(num_probes=p, num_steps=steps, ks=default_ks(n, k))
-    ks = [_whole("one of ks", o, 1, n - 1) for o in np.asarray(ks).tolist()]
-    if not ks or sorted(set(ks)) != ks: raise ValueError(f"ks must ascend and not be empty, got {[int(o) for o in ks]}")
-    if ks[-1] != k: raise ValueError(f"k = {k} is not the last of ks, {ks[-1]}: give one of the two")
+    ks = [_whole('one of ks', o, 1, n - 1) for o in np.asarray(ks).tolist()]
+    if not ks or sorted(set(ks)) != ks: raise ValueError(f'ks must ascend and not be empty, got {[int(o) for o in ks]}')
+    if ks[-1] != k: raise ValueError(f'k = {k} is not the last of ks, {ks[-1]}: give one of the two')
     return dict(num_probes=p, num_steps=steps, ks=ks)
 
 def default_ks(
-    n:int, # number of parameters
-    k:int, # largest mask size
-    num:int=20, # how many, at most
-)->list: # ascending to k
+    n: int,  # number of parameters
+    k: int,  # largest mask size
+    num: int = 20,  # how many, at most
+) -> list:  # ascending to k
     "Mask sizes from a thousandth of all parameters, or a hundredth of k if that is less, to k, evenly in the logarithm"
     return sorted({max(1, round(o)) for o in np.geomspace(max(1, min(n/1000, k/100)), k, num).tolist()})
 
 # %% ../nbs/41_experiment.ipynb #ae1b72d8
 def run_settings(
-    problem:Problem, # what to train
-    *, steps:int, snapshots:list|None, k:int|None, samples:int, method:str, num_random:int, seed:int, # as in run_overlap
-    **given, # the settings of the methods, as in run_overlap
-)->dict: # plain JSON
+    problem: Problem,  # what to train
+    *, steps: int, snapshots: list | None, k: int | None, samples: int, method: str, num_random: int, seed: int,  # as in run_overlap
+    **given,  # the settings of the methods, as in run_overlap
+) -> dict:  # plain JSON
     "Check all arguments of a run and gather what its numbers depend on; ValueError names the first that is wrong"
-    n = problem.n_params; steps = _whole("steps", steps, 0)
-    snaps = default_snapshots(steps) if snapshots is None else [_whole("a snapshot", o, 0, steps) for o in snapshots]
-    if not snaps or sorted(set(snaps)) != snaps: raise ValueError(f"snapshots must increase and not be empty, got {snaps}")
+    n = problem.n_params
+    steps = _whole('steps', steps, 0)
+    snaps = default_snapshots(steps) if snapshots is None else [_whole('a snapshot', o, 0, steps) for o in snapshots]
+    if not snaps or sorted(set(snaps)) != snaps: raise ValueError(f'snapshots must increase and not be empty, got {snaps}')
     solver = solver_settings(n, k, method, problem.name, **given)
-    for split in ("train", "test"): problem.hessian_data(split, _whole("samples", samples, 1))
-    _whole("num_random", num_random, 0); _whole("seed", seed, 0, 2**32 - 1)
+    for split in ('train', 'test'): problem.hessian_data(split, _whole('samples', samples, 1))
+    _whole('num_random', num_random, 0)
+    _whole('seed', seed, 0, 2**32 - 1)
     return dict(problem=problem.name, source=problem.source, n=n, parameters=_digest(problem.theta0),
-                data=_digest(problem.train_x, problem.train_y, problem.test_x, problem.test_y), loss=str(problem.loss_func).split(" at 0x")[0],
+                data=_digest(problem.train_x, problem.train_y, problem.test_x, problem.test_y), loss=str(problem.loss_func).split(' at 0x')[0],
                 lr=problem.lr, batch_size=problem.batch_size, problem_seed=problem.seed, steps=steps, snapshots=snaps, samples=int(samples),
                 **solver, num_random=int(num_random), seed=int(seed),
-                dtype=str(problem.dtype).removeprefix("torch."), device=str(problem.device), threads=torch.get_num_threads(), hessian_overlap=__version__, torch=torch.__version__)
+                dtype=str(problem.dtype).removeprefix('torch.'), device=str(problem.device), threads=torch.get_num_threads(), hessian_overlap=__version__, torch=torch.__version__)
 
 # %% ../nbs/41_experiment.ipynb #51d50779
-OURS = (".probe", "record.json", "record.npz", "settings.json", "strategy.json", "snapshots.npz", "parts/*.npz", "figures/*.png", ".*.tmp", ".snapshots.npz.*", "parts/.*.tmp", "figures/.*.tmp")
+OURS = ('.probe', 'record.json', 'record.npz', 'settings.json', 'strategy.json', 'snapshots.npz', 'parts/*.npz', 'figures/*.png', '.*.tmp', '.snapshots.npz.*', 'parts/.*.tmp', 'figures/.*.tmp')
 
 class RunFolder:
     "A folder that a run can be interrupted in, and taken up again with the same settings"
     def __init__(self,
-        path:Path|str,        # created if missing
-        settings:dict,        # of run_settings
-        overwrite:bool=False, # remove an earlier run first
+        path: Path | str,        # created if missing
+        settings: dict,        # of run_settings
+        overwrite: bool = False,  # remove an earlier run first
     ):
-        self.path = Path(path); was = None
+        self.path = Path(path)
+        was = None
         if self.path.is_dir():
             if finished(path) and not overwrite: raise FileExistsError(
-                f"{path} holds a finished run: `hessian-overlap show {path}` prints it; to run again choose another folder, or overwrite it with --overwrite (in Python overwrite=True)")
+                f'{path} holds a finished run: `hessian-overlap show {path}` prints it; to run again choose another folder, or overwrite it with --overwrite (in Python overwrite=True)')
             was = read_settings(path, damaged_ok=overwrite)
-            foreign = [] if was is not None else [o.name for o in self.path.iterdir() if not o.name.startswith(".")]
-            if foreign: raise FileExistsError(f"{path} is not a run folder and is not empty (it has {sorted(foreign)[0]}); choose another folder")
+            foreign = [] if was is not None else [o.name for o in self.path.iterdir() if not o.name.startswith('.')]
+            if foreign: raise FileExistsError(f'{path} is not a run folder and is not empty (it has {sorted(foreign)[0]}); choose another folder')
         if was and not overwrite: self._same(was, settings)
         self._probe()
         if overwrite:
             for pattern in OURS:
                 for f in self.path.glob(pattern): f.unlink()
-        if was is None or overwrite: write_atomic(self.path/"settings.json", json.dumps(settings, indent=1, ensure_ascii=False).encode() + b"\n")
-        (self.path/"parts").mkdir(exist_ok=True)   # after the settings: a folder without them is empty
+        if was is None or overwrite: write_atomic(self.path/'settings.json', json.dumps(settings, indent=1, ensure_ascii=False).encode() + b'\n')
+        (self.path/'parts').mkdir(exist_ok=True)   # after the settings: a folder without them is empty
 
     def _same(self, was, now):
-        diff = [f"{key} = {was.get(key)!r} there and {now.get(key)!r} here" for key in [*now, *(set(was) - set(now))] if was.get(key) != now.get(key)]
+        diff = [f'{key} = {was.get(key)!r} there and {now.get(key)!r} here' for key in [*now, *(set(was) - set(now))] if was.get(key) != now.get(key)]
         if diff: raise ValueError(f"{self.path} was begun with other settings ({'; '.join(diff[:3])}): take the same to resume it, choose another folder, or overwrite it with --overwrite")
 
     def _probe(self):
         "Refuse a folder that cannot be written to before any work is done"
-        try: self.path.mkdir(parents=True, exist_ok=True); write_atomic(self.path/".probe", b""); (self.path/".probe").unlink()
-        except OSError as e: raise OSError(f"cannot write to {self.path}: {e.strerror}") from None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path/'.probe', b'')
+            (self.path/'.probe').unlink()
+        except OSError as e: raise OSError(f'cannot write to {self.path}: {e.strerror}') from None
 
 # %% ../nbs/41_experiment.ipynb #de781f35
-def finished(path:Path|str)->bool: # whether a run folder holds a record
+def finished(path: Path | str) -> bool:  # whether a run folder holds a record
     "Is the run in this folder finished?"
-    return (Path(path)/"record.json").exists()
+    return (Path(path)/'record.json').exists()
 
 def read_settings(
-    path:Path|str,         # of a run folder
-    damaged_ok:bool=False, # give {} for a file that cannot be read
-)->dict|None: # None if there are none
+    path: Path | str,         # of a run folder
+    damaged_ok: bool = False,  # give {} for a file that cannot be read
+) -> dict | None:  # None if there are none
     "The settings that a run folder was begun with"
-    f = Path(path)/"settings.json"
+    f = Path(path)/'settings.json'
     try:
         s = json.loads(f.read_bytes())
         if not isinstance(s, dict): raise ValueError
@@ -256,76 +292,78 @@ def read_settings(
     except FileNotFoundError: return None
     except ValueError:
         if damaged_ok: return {}
-        raise RecordError(f"{f} is damaged: it is not the JSON of settings; choose another folder, or overwrite it with --overwrite") from None
+        raise RecordError(f'{f} is damaged: it is not the JSON of settings; choose another folder, or overwrite it with --overwrite') from None
 
 # %% ../nbs/41_experiment.ipynb #26c0a0a4
-PART = ("eigvals", "residuals", "magnitude", "random", "best", "extra", "overlaps", "layers", "available", "variance", "matvecs", "seconds", "converged")
+PART = ('eigvals', 'residuals', 'magnitude', 'random', 'best', 'extra', 'overlaps', 'layers', 'available', 'variance', 'matvecs', 'seconds', 'converged')
 DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError)
 
 def _load_part(path, s):
     "A part as a dict, or None if it is missing or damaged"
     try:
-        with np.load(path, allow_pickle=False) as z: part = {name: z[name] for name in _names(s["method"])}
+        with np.load(path, allow_pickle=False) as z: part = {name: z[name] for name in _names(s['method'])}
     except (FileNotFoundError, *DAMAGE): return None
-    K = len(s["ks"]) if s["ks"] else s["k"]; one, R = {o: (K,) for o in ("eigvals", "residuals", "magnitude", "best", "variance")}, s["num_random"]
+    K = len(s['ks']) if s['ks'] else s['k']
+    one, R = {o: (K,) for o in ('eigvals', 'residuals', 'magnitude', 'best', 'variance')}, s['num_random']
     shapes = one | dict(random=(R, K), extra=(1, K)) | {o: (2, K) for o in INTERVALS}   # magnitude and layerwise
     return part if all(v.shape == shapes.get(name, () if name not in TABLES | SPREAD else v.shape) for name, v in part.items()) else None
 
-def _names(method): return (*PART, *INTERVALS, *SPREAD) if method == "slq" else PART
+def _names(method): return (*PART, *INTERVALS, *SPREAD) if method == 'slq' else PART
 
 def _training(problem, s, folder, progress):
     "Train, or read what was trained before"
-    path = folder.path/"snapshots.npz" if folder else None
+    path = folder.path/'snapshots.npz' if folder else None
     if path and path.exists():
         try:
             run = TrainingRun.load(path)
-            if list(run.steps) == s["snapshots"] and run.thetas.shape[1] == s["n"]: return run
+            if list(run.steps) == s['snapshots'] and run.thetas.shape[1] == s['n']: return run
         except ValueError: pass   # damaged: training again gives the same
-    run = train(problem, s["steps"], s["snapshots"], progress=progress)
+    run = train(problem, s['steps'], s['snapshots'], progress=progress)
     if path: run.save(path)
     return run
 
 # %% ../nbs/41_experiment.ipynb #9a0ce483
 def _strategy(problem, theta, s, folder):
     "How all Hessians of the run are multiplied: None for small networks, else what the run began with"
-    if s["n"] < 2**16: return None
-    path = folder.path/"strategy.json" if folder else None
+    if s['n'] < 2**16: return None
+    path = folder.path/'strategy.json' if folder else None
     try: known = json.loads(path.read_bytes()) if path else None
     except (FileNotFoundError, ValueError): known = None
     if known in HessianLinearOperator.strategies: return known
     model = load_params(copy.deepcopy(problem.model), theta)
-    H = HessianLinearOperator(model, problem.loss_func, None, problem.hessian_data("train", s["samples"]))
-    H @ column_noise(s["n"], range(16), seed=0, dtype=H.dtype, device=H.device)
-    if path: write_atomic(path, json.dumps(H.info["strategy"]).encode())
-    return H.info["strategy"]
+    H = HessianLinearOperator(model, problem.loss_func, None, problem.hessian_data('train', s['samples']))
+    H @ column_noise(s['n'], range(16), seed=0, dtype=H.dtype, device=H.device)
+    if path: write_atomic(path, json.dumps(H.info['strategy']).encode())
+    return H.info['strategy']
 
 # %% ../nbs/41_experiment.ipynb #25da0fa4
 def run_overlap(
-    problem:Problem,           # of make_problem, or your own; its model is left as it is
-    *, steps:int=1000,         # of SGD, ≥ 0
-    snapshots:list|None=None,  # steps at which to look; None for default_snapshots(steps)
-    k:int|None=None,           # largest mask size, 1 ≤ k ≤ n; None for 350, or for n // 5 with slq
-    samples:int=500,           # class-balanced samples in each Hessian
-    method:str="eigsh",        # "eigsh", to a tolerance; "seigh", the paper's sketch; "slq", quadrature without eigenvectors
-    tol:float|None=None,       # of eigsh, relative; None for 1e-5
-    block_size:int|None=None,  # of eigsh; None for its default
-    num_outer:int|None=None,   # of seigh, ≥ k; None for k + 5
-    num_inner:int|None=None,   # of seigh, ≥ num_outer; None for twice that
-    num_probes:int|None=None,  # of slq, ≥ 1; None for 8
-    num_steps:int|None=None,   # of slq, products of each probe, ≥ 4; None for 80
-    ks:list|None=None,         # of slq, mask sizes, ascending; None for 20 up to k
-    num_random:int=10,         # random masks, ≥ 0
-    seed:int,                  # of the method and the random masks; the problem has its own
-    out:Path|str|None=None,    # run folder; None writes nothing
-    overwrite:bool=False,      # remove an earlier run in out first
-    progress:bool=True,        # bars on stderr
+    problem: Problem,           # of make_problem, or your own; its model is left as it is
+    *, steps: int = 1000,         # of SGD, ≥ 0
+    snapshots: list | None = None,  # steps at which to look; None for default_snapshots(steps)
+    k: int | None = None,           # largest mask size, 1 ≤ k ≤ n; None for 350, or for n // 5 with slq
+    samples: int = 500,           # class-balanced samples in each Hessian
+    method: str = 'eigsh',        # "eigsh", to a tolerance; "seigh", the paper's sketch; "slq", quadrature without eigenvectors
+    tol: float | None = None,       # of eigsh, relative; None for 1e-5
+    block_size: int | None = None,  # of eigsh; None for its default
+    num_outer: int | None = None,   # of seigh, ≥ k; None for k + 5
+    num_inner: int | None = None,   # of seigh, ≥ num_outer; None for twice that
+    num_probes: int | None = None,  # of slq, ≥ 1; None for 8
+    num_steps: int | None = None,   # of slq, products of each probe, ≥ 4; None for 80
+    ks: list | None = None,         # of slq, mask sizes, ascending; None for 20 up to k
+    num_random: int = 10,         # random masks, ≥ 0
+    seed: int,                  # of the method and the random masks; the problem has its own
+    out: Path | str | None = None,    # run folder; None writes nothing
+    overwrite: bool = False,      # remove an earlier run in out first
+    progress: bool = True,        # bars on stderr
     echo=None,                 # called with each line of the table as it is ready, such as print
-)->OverlapRecord:
+) -> OverlapRecord:
     "Train, and measure the overlap of magnitude, random and best masks with the top-k Hessian eigenspace along the way"
     s = run_settings(problem, steps=steps, snapshots=snapshots, k=k, samples=samples, method=method, tol=tol, block_size=block_size,
                      num_outer=num_outer, num_inner=num_inner, num_probes=num_probes, num_steps=num_steps, ks=ks, num_random=num_random, seed=seed)
     folder = None if out is None else RunFolder(out, s, overwrite)
-    echo = echo or (lambda line: None); echo(f"{problem!r}\n{problem.source}\n")
+    echo = echo or (lambda line: None)
+    echo(f'{problem!r}\n{problem.source}\n')
     run = _training(problem, s, folder, progress)
     parts = _measure_all(problem, run, s, folder, progress, echo)
     record = _collect(problem.model, run, parts, s)
@@ -333,157 +371,172 @@ def run_overlap(
     return record
 
 # %% ../nbs/41_experiment.ipynb #6b391a10
-def _measure_all(problem, run, s, folder, progress, echo, splits=("train", "test")):
+def _measure_all(problem, run, s, folder, progress, echo, splits=('train', 'test')):
     "All parts in order, each read or else computed and written; the bar counts Hessians, matvecs and their rate"
     pairs = [(i, step, split) for i, step in enumerate(run.steps) for split in splits]
-    path = lambda step, split: folder.path/"parts"/f"step{step:06d}_{split}.npz"
+    path = lambda step, split: folder.path/'parts'/f'step{step:06d}_{split}.npz'
     old = {(step, split): _load_part(path(step, split), s) if folder else None for _, step, split in pairs}
-    done = sum(o is not None for o in old.values()); parts = []; matvecs = busy = 0
-    if done: echo(f"resuming {folder.path}: {done} of {len(pairs)} parts are there")
+    done = sum(o is not None for o in old.values())
+    parts = []
+    matvecs = busy = 0
+    if done: echo(f'resuming {folder.path}: {done} of {len(pairs)} parts are there')
     strategy = _strategy(problem, run.thetas[0], s, folder) if done < len(pairs) else None
-    echo(table_header(s["k"], s["ks"], s["method"] == "slq"))
-    with tqdm(total=len(pairs), initial=done, desc="Hessians", unit="Hessian", disable=not progress) as bar:
+    echo(table_header(s['k'], s['ks'], s['method'] == 'slq'))
+    with tqdm(total=len(pairs), initial=done, desc='Hessians', unit='Hessian', disable=not progress) as bar:
         for i, step, split in pairs:
             part = old[step, split]
             if part is None:
-                bar.set_description(f"step {step} {split}")
+                bar.set_description(f'step {step} {split}')
                 part = measure(problem, run.thetas[i], split, s, progress and sys.stderr.isatty(), strategy)
                 if folder: write_atomic(path(step, split), npz_bytes(part))
-                matvecs += int(part["matvecs"]); busy += float(part["seconds"])
-                bar.set_postfix_str(f"{matvecs} matvecs, {matvecs/busy:.0f} matvec/s", refresh=False); bar.update()
-            parts.append(part); loss = run.train_loss[i] if split == "train" else run.test_loss[i]
-            echo(table_row(step, split, loss, run.test_acc[i], part["eigvals"], part["magnitude"], s["n"], part["matvecs"], part["seconds"], part["converged"], s["ks"],
-                           (part["low"][0], part["high"][0]) if s["method"] == "slq" else None))
-    for line in table_note(s["method"], np.array([o["converged"] for o in parts])): echo(line)
+                matvecs += int(part['matvecs'])
+                busy += float(part['seconds'])
+                bar.set_postfix_str(f'{matvecs} matvecs, {matvecs/busy:.0f} matvec/s', refresh=False)
+                bar.update()
+            parts.append(part)
+            loss = run.train_loss[i] if split == 'train' else run.test_loss[i]
+            echo(table_row(step, split, loss, run.test_acc[i], part['eigvals'], part['magnitude'], s['n'], part['matvecs'], part['seconds'], part['converged'], s['ks'],
+                           (part['low'][0], part['high'][0]) if s['method'] == 'slq' else None))
+    for line in table_note(s['method'], np.array([o['converged'] for o in parts])): echo(line)
     return parts
 
-def _collect(model, run, parts, s, splits=("train", "test"), orders=()):
+def _collect(model, run, parts, s, splits=('train', 'test'), orders=()):
     "The record of a training run and its parts"
     stack = lambda name: np.stack([o[name] for o in parts]).reshape(len(run.steps), len(splits), *np.shape(parts[0][name]))
-    env = dict(python=platform.python_version(), platform=f"{platform.system()} {platform.machine()}", numpy=np.__version__, peak_memory_bytes=peak_memory())
-    parted, (sizes, ranks), slq = partition(model), grid(s["n"], s["k"], ks=s["ks"]), s["method"] == "slq"
-    return OverlapRecord(problem=s["problem"], n=s["n"], k=s["k"], method=s["method"], seed=s["seed"], samples=s["samples"], steps=run.steps, splits=splits,
-        train_loss=run.train_loss, train_acc=run.train_acc, test_loss=run.test_loss, test_acc=run.test_acc, **{name: stack(name) for name in _names(s["method"])},
-        settings={**s, "environment": env}, orders=("magnitude", *("random",)*(s["num_random"] > 0), "layerwise", *orders, *("best",)*(not slq)), ks=s["ks"],
+    env = dict(python=platform.python_version(), platform=f'{platform.system()} {platform.machine()}', numpy=np.__version__, peak_memory_bytes=peak_memory())
+    parted, (sizes, ranks), slq = partition(model), grid(s['n'], s['k'], ks=s['ks']), s['method'] == 'slq'
+    return OverlapRecord(problem=s['problem'], n=s['n'], k=s['k'], method=s['method'], seed=s['seed'], samples=s['samples'], steps=run.steps, splits=splits,
+        train_loss=run.train_loss, train_acc=run.train_acc, test_loss=run.test_loss, test_acc=run.test_acc, **{name: stack(name) for name in _names(s['method'])},
+        settings={**s, 'environment': env}, orders=('magnitude', *('random',)*(s['num_random'] > 0), 'layerwise', *orders, *('best',)*(not slq)), ks=s['ks'],
         layer_names=parted.names, layer_sizes=parted.sizes.cpu().numpy(), sizes=sizes, ranks=ranks)
 
-def peak_memory()->int|None: # bytes; None where the system does not tell
+def peak_memory() -> int | None:  # bytes; None where the system does not tell
     "Largest resident memory of this process so far"
-    try: r = import_module("resource")
+    try: r = import_module('resource')
     except ImportError: return None
-    return r.getrusage(r.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+    return r.getrusage(r.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
 # %% ../nbs/41_experiment.ipynb #8dae9072
 def overlap_record(
-    model:torch.nn.Module, # in eval mode, or without dropout and batch norm; left as it is
+    model: torch.nn.Module,  # in eval mode, or without dropout and batch norm; left as it is
     loss_func,             # loss_func(model(x), y), a mean over the batch
     data,                  # list of (x, y), or a dict of such lists by split, such as {"train": …, "test": …}
-    *, k:int,              # number of eigenpairs and largest mask size of the curves, 1 ≤ k ≤ n
-    orders:dict|None=None, # orderings of your own, name -> (n,) int64 permutation, most important first
-    method:str="eigsh",    # "eigsh", "seigh" or "slq", as in run_overlap
-    tol:float|None=None,   # of eigsh, relative; None for 1e-5
-    num_random:int=10,     # random masks
-    seed:int,              # of the method and the random masks
-    progress:bool=False,   # a bar inside the method
+    *, k: int,              # number of eigenpairs and largest mask size of the curves, 1 ≤ k ≤ n
+    orders: dict | None = None,  # orderings of your own, name -> (n,) int64 permutation, most important first
+    method: str = 'eigsh',    # "eigsh", "seigh" or "slq", as in run_overlap
+    tol: float | None = None,   # of eigsh, relative; None for 1e-5
+    num_random: int = 10,     # random masks
+    seed: int,              # of the method and the random masks
+    progress: bool = False,   # a bar inside the method
     **settings,            # of the method, as in run_overlap: block_size, num_outer, num_inner, num_probes, num_steps or ks
-)->OverlapRecord: # of one step, 0; accuracies are nan
+) -> OverlapRecord:  # of one step, 0; accuracies are nan
     "Overlap of the masks of a model as it is with the top-k eigenspace of its Hessian"
-    data, parts, losses = data if isinstance(data, dict) else {"data": data}, [], {}
-    if not data: raise ValueError("data has no split; give a list of (x, y), or a dict of such lists")
-    if wrong := [o for o in orders or {} if o in ("magnitude", "random", "best", "layerwise")]: raise ValueError(f"an ordering of your own cannot be named {wrong[0]!r}: that one is made here")
+    data, parts, losses = data if isinstance(data, dict) else {'data': data}, [], {}
+    if not data: raise ValueError('data has no split; give a list of (x, y), or a dict of such lists')
+    if wrong := [o for o in orders or {} if o in ('magnitude', 'random', 'best', 'layerwise')]: raise ValueError(f'an ordering of your own cannot be named {wrong[0]!r}: that one is made here')
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     s = solver_settings(n, k, method, type(model).__name__, tol=tol, **settings) | dict(problem=type(model).__name__, n=n, seed=seed, num_random=num_random)
     for split, batches in data.items():
-        parts.append(_measure(HessianLinearOperator(model, loss_func, None, batches), model, s, f"the {split} Hessian", orders, progress))
+        parts.append(_measure(HessianLinearOperator(model, loss_func, None, batches), model, s, f'the {split} Hessian', orders, progress))
         with torch.no_grad(): losses[split] = sum(float(loss_func(model(x), y))*len(y) for x, y in batches)/sum(len(y) for _, y in batches)
-    nan = [np.nan]; at = lambda split: [losses.get(split, np.nan)]
-    run = SimpleNamespace(steps=[0], train_loss=at("train"), train_acc=nan, test_loss=at("test"), test_acc=nan)
+    nan = [np.nan]
+    at = lambda split: [losses.get(split, np.nan)]
+    run = SimpleNamespace(steps=[0], train_loss=at('train'), train_acc=nan, test_loss=at('test'), test_acc=nan)
     return _collect(model, run, parts, s | dict(samples=sum(len(y) for _, y in batches)), tuple(data), tuple(orders or ()))
 
 # %% ../nbs/41_experiment.ipynb #ae17a9ea
 def _settle(dtype, device):
     "A dtype and a device from their names"
-    if dtype not in ("float32", "float64"): raise ValueError(f"unknown dtype {dtype!r}; choose float32 or float64")
+    if dtype not in ('float32', 'float64'): raise ValueError(f'unknown dtype {dtype!r}; choose float32 or float64')
     if device is None: return getattr(torch, dtype), None
     try: torch.zeros(1, dtype=getattr(torch, dtype), device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e: raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e: raise ValueError(f'device {device!r} cannot be used: {str(e).splitlines()[0]}') from None
     return getattr(torch, dtype), device
 
 def _threads(threads):
     "What was asked for, else what OMP_NUM_THREADS says, else 1"
-    if threads is not None: return _whole("threads", threads, 1, os.cpu_count())
-    asked = os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]
+    if threads is not None: return _whole('threads', threads, 1, os.cpu_count())
+    asked = os.environ.get('OMP_NUM_THREADS', '1').split(',')[0]
     return max(1, min(int(asked), os.cpu_count())) if asked.isdecimal() else 1
 
 # %% ../nbs/41_experiment.ipynb #85bae96e
 def run(
-    problem:str,              # name of the problem, such as mnist_mini
-    k:int=None,               # largest mask size and number of eigenpairs; 350 if not given, a fifth of all parameters for slq
-    steps:int=1000,           # training steps; looks at 0, 50, every 100 and the last
-    samples:int=500,          # class-balanced samples in each Hessian
-    method:str="eigsh",       # eigsh (to a tolerance), seigh (the paper's sketch) or slq (quadrature, without eigenvectors)
-    tol:float=None,           # relative tolerance of eigsh; 1e-5 if not given
-    block_size:int=None,      # block size of eigsh
-    num_outer:int=None,       # outer measurements of seigh; k + 5 if not given
-    num_inner:int=None,       # inner measurements of seigh; twice the outer ones if not given
-    num_probes:int=None,      # probes of slq; 8 if not given
-    num_steps:int=None,       # products of each probe of slq; 80 if not given
-    num_random:int=10,        # random masks
-    device:str=None,          # cpu, cuda, cuda:1; the GPU if there is one
-    dtype:str="float32",      # float32 or float64
-    threads:int=None,         # CPU threads; OMP_NUM_THREADS if it is set, else 1
-    seed:int=0,               # of parameters, data order, method and random masks
-    root:str=None,            # folder of the full data; the small set in the package if not given
-    out:str=None,             # run folder; runs/PROBLEM if not given
-    overwrite:bool=False,     # remove an earlier run in the folder first
+    problem: str,              # name of the problem, such as mnist_mini
+    k: int = None,               # largest mask size and number of eigenpairs; 350 if not given, a fifth of all parameters for slq
+    steps: int = 1000,           # training steps; looks at 0, 50, every 100 and the last
+    samples: int = 500,          # class-balanced samples in each Hessian
+    method: str = 'eigsh',       # eigsh (to a tolerance), seigh (the paper's sketch) or slq (quadrature, without eigenvectors)
+    tol: float = None,           # relative tolerance of eigsh; 1e-5 if not given
+    block_size: int = None,      # block size of eigsh
+    num_outer: int = None,       # outer measurements of seigh; k + 5 if not given
+    num_inner: int = None,       # inner measurements of seigh; twice the outer ones if not given
+    num_probes: int = None,      # probes of slq; 8 if not given
+    num_steps: int = None,       # products of each probe of slq; 80 if not given
+    num_random: int = 10,        # random masks
+    device: str = None,          # cpu, cuda, cuda:1; the GPU if there is one
+    dtype: str = 'float32',      # float32 or float64
+    threads: int = None,         # CPU threads; OMP_NUM_THREADS if it is set, else 1
+    seed: int = 0,               # of parameters, data order, method and random masks
+    root: str = None,            # folder of the full data; the small set in the package if not given
+    out: str = None,             # run folder; runs/PROBLEM if not given
+    overwrite: bool = False,     # remove an earlier run in the folder first
 ):
     "Train a network, find its directions of largest curvature, and measure how much the largest parameters overlap with them"
-    dtype, device = _settle(dtype, device); start = time.perf_counter()
+    dtype, device = _settle(dtype, device)
+    start = time.perf_counter()
     torch.set_num_threads(_threads(threads))
-    p = make_problem(problem, root=root, seed=seed, device=device, dtype=dtype); out = Path("runs")/problem if out is None else Path(out)
+    p = make_problem(problem, root=root, seed=seed, device=device, dtype=dtype)
+    out = Path('runs')/problem if out is None else Path(out)
     echo = lambda line: tqdm.write(line, file=sys.stdout)
     record = run_overlap(p, steps=steps, k=k, samples=samples, method=method, tol=tol, block_size=block_size, num_outer=num_outer, num_inner=num_inner,
                          num_probes=num_probes, num_steps=num_steps, num_random=num_random, seed=seed, out=out, overwrite=overwrite, echo=echo)
-    memory = f", {peak_memory()/1e9:.2f} GB at most" if peak_memory() else ""
-    print(f"\nfinished in {time.perf_counter() - start:.0f} s, {record.matvecs.sum()} matvecs{memory}; record in {out}")
-    _say_figures(draw_figures(record, out/"figures"))
+    memory = f', {peak_memory()/1e9:.2f} GB at most' if peak_memory() else ''
+    print(f'\nfinished in {time.perf_counter() - start:.0f} s, {record.matvecs.sum()} matvecs{memory}; record in {out}')
+    _say_figures(draw_figures(record, out/'figures'))
 
 # %% ../nbs/41_experiment.ipynb #f7dbade8
 def draw_figures(
-    record:OverlapRecord, # of a run
-    folder:Path|str,      # created if missing
-)->list: # paths of the PNG files
+    record: OverlapRecord,  # of a run
+    folder: Path | str,      # created if missing
+) -> list:  # paths of the PNG files
     "Draw the three figures of a record; the only place where a run looks at the plots"
-    from matplotlib.figure import Figure   # not pyplot: no window is opened, whatever the backend
-    plots = import_module("hessian_overlap.plots"); folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); paths = []
-    for name in ("overlap_over_training", "overlap_curve", "spectrum"):
-        fig = Figure(figsize=(6.4, 4.2), layout="constrained"); buf = io.BytesIO()
-        getattr(plots, f"plot_{name}")(record, ax=fig.subplots()); fig.savefig(buf, format="png", dpi=200)
-        write_atomic(folder/f"{name}.png", buf.getvalue()); paths.append(folder/f"{name}.png")
+    from matplotlib.figure import Figure  # not pyplot: no window is opened, whatever the backend
+    plots = import_module('hessian_overlap.plots')
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name in ('overlap_over_training', 'overlap_curve', 'spectrum'):
+        fig = Figure(figsize=(6.4, 4.2), layout='constrained')
+        buf = io.BytesIO()
+        getattr(plots, f'plot_{name}')(record, ax=fig.subplots())
+        fig.savefig(buf, format='png', dpi=200)
+        write_atomic(folder/f'{name}.png', buf.getvalue())
+        paths.append(folder/f'{name}.png')
     return paths
 
-def _say_figures(paths): print("figures:", *paths, sep="\n  ")
+def _say_figures(paths): print('figures:', *paths, sep='\n  ')
 
 def show(
-    run:str, # folder of a finished run
+    run: str,  # folder of a finished run
 ):
     "Print the table of a finished run and draw its figures again, without computing"
-    folder = Path(run); s = read_settings(folder, damaged_ok=True) if folder.is_dir() else None
+    folder = Path(run)
+    s = read_settings(folder, damaged_ok=True) if folder.is_dir() else None
     if s is not None and not finished(folder):
-        have = len(list(folder.glob("parts/*.npz")))
+        have = len(list(folder.glob('parts/*.npz')))
         raise RecordError(f"the run in {run} is not finished ({have} of {2*len(s.get('snapshots', []))} parts are there): run it again with the same settings to resume it")
     record = OverlapRecord.load(folder)
-    print(f"{record!r}\n\n{record.table()}\n")
-    _say_figures(draw_figures(record, folder/"figures"))
+    print(f'{record!r}\n\n{record.table()}\n')
+    _say_figures(draw_figures(record, folder/'figures'))
 
 # %% ../nbs/41_experiment.ipynb #e241b273
 def explore(
-    run:str,               # folder of a finished run
-    port:int=0,            # of the app on this machine; 0 for a free one
-    no_browser:bool=False, # print the address, and open no browser
+    run: str,               # folder of a finished run
+    port: int = 0,            # of the app on this machine; 0 for a free one
+    no_browser: bool = False,  # print the address, and open no browser
 ):
     "Open the explorer of a finished run in the browser, without code"
-    import_module("hessian_overlap.app").serve(run, port=port, browser=not no_browser)
+    import_module('hessian_overlap.app').serve(run, port=port, browser=not no_browser)
 
 # %% ../nbs/41_experiment.ipynb #4423f2a2
 COMMANDS = dict(run=run, show=show, explore=explore)
@@ -491,11 +544,11 @@ EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMem
 
 def _parser(name):
     "The parser of a command: options with dashes, and errors of one line"
-    p = anno_parser(COMMANDS[name], prog=f"hessian-overlap {name}")
+    p = anno_parser(COMMANDS[name], prog=f'hessian-overlap {name}')
     for a in p._actions:
-        a.option_strings = [o.replace("_", "-") for o in a.option_strings]
+        a.option_strings = [o.replace('_', '-') for o in a.option_strings]
         for o in a.option_strings: p._option_string_actions[o] = a
-    def error(message): raise ValueError(f"{message} (`hessian-overlap {name} --help` lists the options)")
+    def error(message): raise ValueError(f'{message} (`hessian-overlap {name} --help` lists the options)')
     p.error = error
     return p
 
@@ -507,30 +560,38 @@ USAGE = """usage: hessian-overlap run PROBLEM [options]   train, measure, write 
 
 # %% ../nbs/41_experiment.ipynb #4b0a6a31
 def main(
-    argv:list|None=None, # arguments without the program's name; None for those of the process
-)->int: # exit code: 0, 2 (asked for wrongly, or cannot read or write) or 130 (interrupted)
+    argv: list | None = None,  # arguments without the program's name; None for those of the process
+) -> int:  # exit code: 0, 2 (asked for wrongly, or cannot read or write) or 130 (interrupted)
     "The command line `hessian-overlap`"
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] in (["--help"], ["-h"]): print(USAGE); return 0
-        if argv[:1] == ["--version"]: print(f"hessian-overlap {__version__}"); return 0
+        if argv[:1] in (['--help'], ['-h']):
+            print(USAGE)
+            return 0
+        if argv[:1] == ['--version']:
+            print(f'hessian-overlap {__version__}')
+            return 0
         if not argv or argv[0] not in COMMANDS: raise ValueError(f"{'no command' if not argv else f'unknown command {argv[0]!r}'}; choose run, show or explore (`hessian-overlap --help`)")
         try: args = vars(_parser(argv[0]).parse_args(argv[1:]))
         except SystemExit as e: return e.code   # --help
         with warnings.catch_warnings():   # what did not converge is marked in the table
-            warnings.filterwarnings("ignore", "eigsh used|the overlap is not resolved", RuntimeWarning)
-            COMMANDS[argv[0]](**{k: v for k, v in args.items() if k not in ("pdb", "xtra")})
-        sys.stdout.flush(); return 0
-    except KeyboardInterrupt: code, said = 130, "interrupted; the same command takes the run up again where it was"
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 2   # show RUN | head
+            warnings.filterwarnings('ignore', 'eigsh used|the overlap is not resolved', RuntimeWarning)
+            COMMANDS[argv[0]](**{k: v for k, v in args.items() if k not in ('pdb', 'xtra')})
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt: code, said = 130, 'interrupted; the same command takes the run up again where it was'
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2   # show RUN | head
     except EXPECTED as e: code, said = 2, _sentence(e)
     except RuntimeError as e:   # torch on a CPU has no kind of its own for this
-        if "allocate memory" not in str(e): raise
+        if 'allocate memory' not in str(e): raise
         code, said = 2, _sentence(e)
-    sys.stdout.flush(); print(f"hessian-overlap: {said}", file=sys.stderr)
+    sys.stdout.flush()
+    print(f'hessian-overlap: {said}', file=sys.stderr)
     return code
 
 def _sentence(e):
     "One line that says what went wrong"
-    if isinstance(e, OSError) and e.strerror: return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-    return " ".join(str(e).split()) or ("out of memory" if isinstance(e, MemoryError) else type(e).__name__)
+    if isinstance(e, OSError) and e.strerror: return f'{e.filename}: {e.strerror}' if e.filename else e.strerror
+    return ' '.join(str(e).split()) or ('out of memory' if isinstance(e, MemoryError) else type(e).__name__)

@@ -6,16 +6,25 @@
 __all__ = ['WIDE', 'DPI', 'PALETTE', 'Explorer', 'control', 'OverlapExplorer', 'explore_overlap']
 
 # %% ../nbs/51_explore.ipynb #6bd71798
-import base64, csv, html, io, matplotlib as mpl, matplotlib.style, numpy as np, ipywidgets as W
+import base64
+import csv
+import html
+import io
 from pathlib import Path
+
+import ipywidgets as W
+import matplotlib as mpl
+import matplotlib.style
+import numpy as np
 from fastcore.basics import patch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+from .experiment import overlap_record
 from .plots import LOOKS, layer_bars
 from .record import OverlapRecord
-from .experiment import overlap_record
 
 # %% ../nbs/51_explore.ipynb #ae822021
 WIDE, DPI = 10.4, 92   # inches and dots per inch of all figures
@@ -24,53 +33,60 @@ class Explorer:
     "A figure under controls: shows itself in a notebook, says what it shows, and exports it"
     def _begin(self, controls):
         "The widgets around the figure; called once by each explorer"
-        self.image = W.Image(format="png", layout=W.Layout(width="100%", max_width=f"{int(WIDE*DPI)}px"))   # pixel for pixel where there is room; no tooltip: ipywidgets 8.1 cannot show an Image that has one
+        self.image = W.Image(format='png', layout=W.Layout(width='100%', max_width=f'{int(WIDE*DPI)}px'))   # pixel for pixel where there is room; no tooltip: ipywidgets 8.1 cannot show an Image that has one
         self.label, self.message, self.out = W.HTML(), W.HTML(), W.HTML()
-        tips = dict(png="The figure as pixels", pdf="The figure as vectors, for a paper", csv="The numbers that are shown", code="The lines of Python that show the same")
-        self.buttons = {kind: W.Button(description=kind.upper() if kind != "code" else "Code", tooltip=tip, layout=W.Layout(width="5em")) for kind, tip in tips.items()}
+        tips = dict(png='The figure as pixels', pdf='The figure as vectors, for a paper', csv='The numbers that are shown', code='The lines of Python that show the same')
+        self.buttons = {kind: W.Button(description=kind.upper() if kind != 'code' else 'Code', tooltip=tip, layout=W.Layout(width='5em')) for kind, tip in tips.items()}
         for kind, b in self.buttons.items(): b.on_click(lambda _, kind=kind: self.guard(self.offer, kind))
-        self.box = W.VBox([W.HBox(controls, layout=W.Layout(flex_flow="row wrap", max_width="78em")), self.message, self.image, self.label,
-                           W.HBox([W.HTML("Take along:"), *self.buttons.values()]), self.out])
+        self.box = W.VBox([W.HBox(controls, layout=W.Layout(flex_flow='row wrap', max_width='78em')), self.message, self.image, self.label,
+                           W.HBox([W.HTML('Take along:'), *self.buttons.values()]), self.out])
 
     def guard(self, f, *args):
         "Call f; what goes wrong is said in `.message`"
-        try: self.message.value = ""; return f(*args)
+        try:
+            self.message.value = ''
+            return f(*args)
         except Exception as e:   # whatever it is, the reader should see it
-            said = html.escape(" ".join(str(e).split()) or type(e).__name__)
+            said = html.escape(' '.join(str(e).split()) or type(e).__name__)
             self.message.value = f'<div role="alert" style="color:#a00000"><b>{"" if isinstance(e, (ValueError, OSError)) else type(e).__name__ + ": "}</b>{said}</div>'
 
-    def _repr_mimebundle_(self, **kwargs): return {**self.box._repr_mimebundle_(**kwargs), "text/plain": repr(self)}
+    def _repr_mimebundle_(self, **kwargs): return {**self.box._repr_mimebundle_(**kwargs), 'text/plain': repr(self)}
 
 def control(cls, name, tip, **kw):
     "A control with a name and a tip, of the width that all of them have"
-    return cls(description=name, tooltip=tip, style=dict(description_width="8em"), layout=W.Layout(width="24em"), **kw)
+    return cls(description=name, tooltip=tip, style=dict(description_width='8em'), layout=W.Layout(width='24em'), **kw)
 
 # %% ../nbs/51_explore.ipynb #d75197af
 def _palette():
     "256 colours: 96 of the heat maps, 40 greys, 20 for each colour of a line"
-    hues = [np.array(mpl.colors.to_rgb(c)) for c in sorted({look["color"] for look in LOOKS.values()})]; to = lambda a, b, m: [a + (b - a)*t for t in np.linspace(0, 1, m)]
+    hues = [np.array(mpl.colors.to_rgb(c)) for c in sorted({look['color'] for look in LOOKS.values()})]
+    to = lambda a, b, m: [a + (b - a)*t for t in np.linspace(0, 1, m)]
     own = [c for h in hues for c in to(h, np.ones(3), 17)[:-1] + to(h, np.full(3, .15), 6)[1:-1]]
-    rgb = np.array([*mpl.colormaps["cividis"](np.linspace(0, 1, 96))[:, :3], *to(np.zeros(3), np.ones(3), 40), *own]); assert rgb.shape == (256, 3)
-    image = Image.new("P", (1, 1)); image.putpalette((255*rgb).round().astype(np.uint8).tobytes()); return image
+    rgb = np.array([*mpl.colormaps['cividis'](np.linspace(0, 1, 96))[:, :3], *to(np.zeros(3), np.ones(3), 40), *own])
+    assert rgb.shape == (256, 3)
+    image = Image.new('P', (1, 1))
+    image.putpalette((255*rgb).round().astype(np.uint8).tobytes())
+    return image
 
 PALETTE = _palette()
 
 # %% ../nbs/51_explore.ipynb #66c5c130
 @patch
-def stage(self:Explorer, moving):
+def stage(self: Explorer, moving):
     "Draw what stays into a background; `moving` are the artists that are drawn onto it"
     self.moving = list(moving)
     for a in self.moving: a.set_animated(True)
-    with mpl.style.context("default"): self.fig.canvas.draw()
+    with mpl.style.context('default'): self.fig.canvas.draw()
     self.background, self.settled, self.key = self.fig.canvas.copy_from_bbox(self.fig.bbox), None, None
 
 @patch
-def render(self:Explorer,
+def render(self: Explorer,
     slow=(),  # artists that change with the key alone; they are drawn first
-    key=None, # as long as it is the same, they are not drawn again
+    key=None,  # as long as it is the same, they are not drawn again
 ):
     "The background with all that moves, as a PNG in `.image`"
-    canvas, slow = self.fig.canvas, [a for a in self.moving if a in slow]; paint = lambda a: a.axes.draw_artist(a)
+    canvas, slow = self.fig.canvas, [a for a in self.moving if a in slow]
+    paint = lambda a: a.axes.draw_artist(a)
     if key is None or key != self.key:
         canvas.restore_region(self.background)
         for a in slow: paint(a)
@@ -78,334 +94,414 @@ def render(self:Explorer,
     canvas.restore_region(self.settled)
     for a in self.moving:
         if a not in slow: paint(a)
-    pixels = Image.frombuffer("RGBA", canvas.get_width_height(physical=True), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
-    buf = io.BytesIO(); pixels.quantize(palette=PALETTE, dither=Image.Dither.NONE).save(buf, format="png", compress_level=1)
+    pixels = Image.frombuffer('RGBA', canvas.get_width_height(physical=True), canvas.buffer_rgba(), 'raw', 'RGBA', 0, 1).convert('RGB')
+    buf = io.BytesIO()
+    pixels.quantize(palette=PALETTE, dither=Image.Dither.NONE).save(buf, format='png', compress_level=1)
     self.image.value = buf.getvalue()
 
 @patch
-def figure(self:Explorer,
-    kind:str="png", # png, pdf or svg
-)->bytes: # of the file
+def figure(self: Explorer,
+    kind: str = 'png',  # png, pdf or svg
+) -> bytes:  # of the file
     "The figure that is shown, as a file"
     buf = io.BytesIO()
-    with mpl.style.context("default"): self.fig.savefig(buf, format=kind, dpi=200, facecolor="white")
+    with mpl.style.context('default'): self.fig.savefig(buf, format=kind, dpi=200, facecolor='white')
     return buf.getvalue()
 
 # %% ../nbs/51_explore.ipynb #60fda337
 @patch
-def csv(self:Explorer)->str: # one line a number: panel, series, x, y
+def csv(self: Explorer) -> str:  # one line a number: panel, series, x, y
     "The numbers that are shown"
-    buf = io.StringIO(); w = csv.writer(buf, lineterminator="\n"); w.writerow(("panel", "series", "x", "y"))
+    buf = io.StringIO()
+    w = csv.writer(buf, lineterminator='\n')
+    w.writerow(('panel', 'series', 'x', 'y'))
     for panel, series, xs, ys in self.numbers(): w.writerows((panel, series, x, y) for x, y in zip(np.asarray(xs).tolist(), np.asarray(ys).tolist()))
     return buf.getvalue()
 
 @patch
-def offer(self:Explorer,
-    kind:str, # png, pdf, csv or code
+def offer(self: Explorer,
+    kind: str,  # png, pdf, csv or code
 ):
     "Put a file, or the code, below the figure"
-    if kind == "code": self.out.value = f"<pre>{html.escape(self.code())}</pre>"; return
-    data = self.csv().encode() if kind == "csv" else self.figure(kind); mime = dict(png="image/png", pdf="application/pdf", csv="text/csv")[kind]
-    name = f"{self.name()}.{kind}"
+    if kind == 'code':
+        self.out.value = f'<pre>{html.escape(self.code())}</pre>'
+        return
+    data = self.csv().encode() if kind == 'csv' else self.figure(kind)
+    mime = dict(png='image/png', pdf='application/pdf', csv='text/csv')[kind]
+    name = f'{self.name()}.{kind}'
     self.out.value = f'<a style="color:var(--jp-content-link-color, #0057a8);text-decoration:underline" download="{html.escape(name)}" href="data:{mime};base64,{base64.b64encode(data).decode()}">{html.escape(name)}</a> ({len(data)/1e3:.0f} kB)'
 
 @patch
-def save(self:Explorer,
-    path:Path|str, # ends in .png, .pdf, .svg or .csv
-)->Path: # the path
+def save(self: Explorer,
+    path: Path | str,  # ends in .png, .pdf, .svg or .csv
+) -> Path:  # the path
     "Write what is shown to a file"
-    path = Path(path); kind = path.suffix[1:]
-    if kind not in ("png", "pdf", "svg", "csv"): raise ValueError(f"{path.name} should end in .png, .pdf, .svg or .csv")
-    path.write_bytes(self.csv().encode() if kind == "csv" else self.figure(kind))
+    path = Path(path)
+    kind = path.suffix[1:]
+    if kind not in ('png', 'pdf', 'svg', 'csv'): raise ValueError(f'{path.name} should end in .png, .pdf, .svg or .csv')
+    path.write_bytes(self.csv().encode() if kind == 'csv' else self.figure(kind))
     return path
 
 # %% ../nbs/51_explore.ipynb #ba2509f0
 class OverlapExplorer(Explorer):
     "Widgets over a record: `.k` or `.size` and `.rank`, `.step` `.split` `.mask` drive `.image` and `.label`"
     def __init__(self,
-        record:OverlapRecord, # of a finished run, or of a live model
-        source:str="record",  # Python that gives the record, for the exported code
+        record: OverlapRecord,  # of a finished run, or of a live model
+        source: str = 'record',  # Python that gives the record, for the exported code
     ):
-        self.k = control(W.IntSlider, "mask size k", "How many parameters the mask keeps, and how many eigenvectors it is compared with", min=1, max=1)
-        self.known = control(W.SelectionSlider, "known size k", "How many parameters the mask keeps, and how many eigenvectors it is compared with: the sizes that were estimated", options=[1])
-        self.size = control(W.SelectionSlider, "mask size m", "How many parameters the mask keeps", options=[1])
-        self.rank = control(W.SelectionSlider, "rank r", "How many eigenvectors it is compared with", options=[1])
-        self.step = control(W.SelectionSlider, "training step", "Training step at which the Hessian was taken", options=[0])
-        self.split = control(W.Dropdown, "Hessian of", "Whose samples define the loss and its Hessian")
-        self.mask = control(W.Dropdown, "mask", "How the parameters are chosen: largest magnitude, best possible, at random, or by an ordering of yours")
-        self.tied = control(W.Checkbox, "size = rank", "Compare k parameters with k eigenvectors, as the paper does", value=True, indent=True)
-        self.run = control(W.Text, "open a run", "Folder of another finished run; press Enter", placeholder="runs/mnist_mini", continuous_update=False)
+        self.k = control(W.IntSlider, 'mask size k', 'How many parameters the mask keeps, and how many eigenvectors it is compared with', min=1, max=1)
+        self.known = control(W.SelectionSlider, 'known size k', 'How many parameters the mask keeps, and how many eigenvectors it is compared with: the sizes that were estimated', options=[1])
+        self.size = control(W.SelectionSlider, 'mask size m', 'How many parameters the mask keeps', options=[1])
+        self.rank = control(W.SelectionSlider, 'rank r', 'How many eigenvectors it is compared with', options=[1])
+        self.step = control(W.SelectionSlider, 'training step', 'Training step at which the Hessian was taken', options=[0])
+        self.split = control(W.Dropdown, 'Hessian of', 'Whose samples define the loss and its Hessian')
+        self.mask = control(W.Dropdown, 'mask', 'How the parameters are chosen: largest magnitude, best possible, at random, or by an ordering of yours')
+        self.tied = control(W.Checkbox, 'size = rank', 'Compare k parameters with k eigenvectors, as the paper does', value=True, indent=True)
+        self.run = control(W.Text, 'open a run', 'Folder of another finished run; press Enter', placeholder='runs/mnist_mini', continuous_update=False)
         self.controls = [self.k, self.known, self.size, self.rank, self.step, self.split, self.mask]
-        self._begin([*self.controls, self.tied, self.run]); self.quiet = True
-        for c in self.controls: c.observe(lambda change: self.quiet or self.guard(self.draw), names="value")
-        self.tied.observe(lambda change: self.quiet or self.guard(self._free), names="value")
-        self.run.observe(lambda change: change["new"] and self.guard(self.open, change["new"]), names="value")
+        self._begin([*self.controls, self.tied, self.run])
+        self.quiet = True
+        for c in self.controls: c.observe(lambda change: self.quiet or self.guard(self.draw), names='value')
+        self.tied.observe(lambda change: self.quiet or self.guard(self._free), names='value')
+        self.run.observe(lambda change: change['new'] and self.guard(self.open, change['new']), names='value')
         self.show(record, source)
     def __repr__(self):
-        at = f"k={self._k()}" if self.tied.value else f"size={self.size.value}, rank={self.rank.value}"
-        return f"OverlapExplorer({self.record.problem}, {at}, step={self.step.value}, split={self.split.value}, mask={self.mask.value})"
+        at = f'k={self._k()}' if self.tied.value else f'size={self.size.value}, rank={self.rank.value}'
+        return f'OverlapExplorer({self.record.problem}, {at}, step={self.step.value}, split={self.split.value}, mask={self.mask.value})'
     def _k(self): return (self.k if self.record.every_size else self.known).value
 
 # %% ../nbs/51_explore.ipynb #a6cd741f
 @patch
-def show(self:OverlapExplorer,
-    record:OverlapRecord, # another one
-    source:str="record",  # Python that gives it
+def show(self: OverlapExplorer,
+    record: OverlapRecord,  # another one
+    source: str = 'record',  # Python that gives it
 ):
     "Show a record; controls that have no meaning in it are set anew"
     self.record, self.source, self.quiet, r = record, source, True, record
-    self.k.max = r.k; self.k.value = r.k
-    self.known.options = [r.k] if r.every_size else r.ks.tolist(); self.known.value = r.k
-    self.tied.value = True; self.tied.disabled = not r.has_tables
+    self.k.max = r.k
+    self.k.value = r.k
+    self.known.options = [r.k] if r.every_size else r.ks.tolist()
+    self.known.value = r.k
+    self.tied.value = True
+    self.tied.disabled = not r.has_tables
     if r.has_tables:
-        for c, v in ((self.size, r.sizes), (self.rank, r.ranks)): c.options = v.tolist(); c.value = r.k
-    self.step.options = r.steps.tolist(); self.step.value = int(r.steps[-1])
-    self.split.options = list(r.splits); self.split.value = r.splits[-1]
-    for c in (self.step, self.split): c.layout.display = None if len(c.options) > 1 else "none"   # no choice, no control
-    self.mask.options = list(r.masks); self.mask.value = "magnitude"
-    with mpl.style.context("default"): self._setup()   # dark text on white, whatever style the session has
-    self.quiet = False; self._free()
+        for c, v in ((self.size, r.sizes), (self.rank, r.ranks)):
+            c.options = v.tolist()
+            c.value = r.k
+    self.step.options = r.steps.tolist()
+    self.step.value = int(r.steps[-1])
+    self.split.options = list(r.splits)
+    self.split.value = r.splits[-1]
+    for c in (self.step, self.split): c.layout.display = None if len(c.options) > 1 else 'none'   # no choice, no control
+    self.mask.options = list(r.masks)
+    self.mask.value = 'magnitude'
+    with mpl.style.context('default'): self._setup()   # dark text on white, whatever style the session has
+    self.quiet = False
+    self._free()
 
 @patch
-def open(self:OverlapExplorer,
-    folder:Path|str, # of a finished run
+def open(self: OverlapExplorer,
+    folder: Path | str,  # of a finished run
 ):
     "Show the run in a folder; if it cannot be read, what was shown stays"
-    self.show(OverlapRecord.load(folder), f"OverlapRecord.load({str(folder)!r})")
+    self.show(OverlapRecord.load(folder), f'OverlapRecord.load({str(folder)!r})')
 
 @patch
-def _free(self:OverlapExplorer):
+def _free(self: OverlapExplorer):
     "One slider or two, and the axes that go with them"
     tied, every = self.tied.value, self.record.every_size
-    for c, on in ((self.k, tied and every), (self.known, tied and not every), (self.size, not tied), (self.rank, not tied)): c.layout.display = None if on else "none"
-    with mpl.style.context("default"): self._scale(tied)
-    self.stage(self._moving); self.draw()
+    for c, on in ((self.k, tied and every), (self.known, tied and not every), (self.size, not tied), (self.rank, not tied)): c.layout.display = None if on else 'none'
+    with mpl.style.context('default'): self._scale(tied)
+    self.stage(self._moving)
+    self.draw()
 
 # %% ../nbs/51_explore.ipynb #5f4a3b99
 @patch
-def _setup(self:OverlapExplorer):
+def _setup(self: OverlapExplorer):
     "Make the figure and its artists"
-    r = self.record; self.fig = Figure(figsize=(WIDE, 6.6), dpi=DPI, facecolor="white"); FigureCanvasAgg(self.fig)
+    r = self.record
+    self.fig = Figure(figsize=(WIDE, 6.6), dpi=DPI, facecolor='white')
+    FigureCanvasAgg(self.fig)
     top = self.fig.add_gridspec(1, 2, width_ratios=(3, 2), left=.065, right=.985, bottom=.585, top=.95, wspace=.14)
     low = self.fig.add_gridspec(1, 3, width_ratios=(3, 3.3, 2.6), left=.065, right=.985, bottom=.085, top=.46, wspace=.34)
     self._left, self._right, self._spec, self._table, self._layers = ax = [self.fig.add_subplot(g) for g in (top[0], top[1], low[0], low[1], low[2])]
-    for a in ax: a.tick_params(labelsize=8); a.xaxis.label.set_size(9); a.yaxis.label.set_size(9)
-    self._moving = [a.text(.5, 1.03, "", transform=a.transAxes, ha="center", fontsize=9) for a in ax]; self._titles = list(self._moving)
-    self._setup_curves(r, self._left, self._right); self._setup_spectrum(r, self._spec)
+    for a in ax:
+        a.tick_params(labelsize=8)
+        a.xaxis.label.set_size(9)
+        a.yaxis.label.set_size(9)
+    self._moving = [a.text(.5, 1.03, '', transform=a.transAxes, ha='center', fontsize=9) for a in ax]
+    self._titles = list(self._moving)
+    self._setup_curves(r, self._left, self._right)
+    self._setup_spectrum(r, self._spec)
     if r.has_tables: self._setup_tables(r, self._table, self._layers)
     else:
-        for a, what in ((self._table, "mask size × rank"), (self._layers, "layers")):
-            a.text(.5, .5, f"This record holds no table of\n{what}: it was written before\nthere were any. Run again\nto see it.", ha="center", va="center", fontsize=9)
-            a.set_xticks([]); a.set_yticks([])
+        for a, what in ((self._table, 'mask size × rank'), (self._layers, 'layers')):
+            a.text(.5, .5, f'This record holds no table of\n{what}: it was written before\nthere were any. Run again\nto see it.', ha='center', va='center', fontsize=9)
+            a.set_xticks([])
+            a.set_yticks([])
 
 @patch
-def _setup_curves(self:OverlapExplorer, r, left, right):
-    text = "0.15"; looks = {m: LOOKS.get(m, LOOKS["other"]) for m in r.masks}; self._looks = looks; flat = lambda ax, **kw: ax.fill_between([1, 2], [0, 0], [0, 0], lw=0, **kw)
-    self._band = flat(left, color="0.75", alpha=.6, label="chance ± 2 deviations" if r.chance_std(1, r.ks[0]) is not None else None)
+def _setup_curves(self: OverlapExplorer, r, left, right):
+    text = '0.15'
+    looks = {m: LOOKS.get(m, LOOKS['other']) for m in r.masks}
+    self._looks = looks
+    flat = lambda ax, **kw: ax.fill_between([1, 2], [0, 0], [0, 0], lw=0, **kw)
+    self._band = flat(left, color='0.75', alpha=.6, label='chance ± 2 deviations' if r.chance_std(1, r.ks[0]) is not None else None)
     if r.has_intervals:
-        self._within, self._over_within = flat(left, alpha=.25, label="95% interval"), flat(right, alpha=.25)
-        self._unsure = left.plot([1], [np.nan], ls="none", marker="o", ms=6, mfc="white", zorder=3, label="not resolved" if not r.trusted.all() else None)[0]
-    self._curves = {m: left.plot([1], [np.nan], label=f"{m} mask" + "s (mean)"*(m == "random"), **looks[m])[0] for m in r.masks}
-    self._chance = left.plot([1], [0], ls=":", lw=1.6, color=text, label="chance")[0]
-    self._cut = left.axvline(1, color=text, lw=1); dot = dict(marker="o", ls="none", ms=9, mec=text, mew=1.5, zorder=5)
+        self._within, self._over_within = flat(left, alpha=.25, label='95% interval'), flat(right, alpha=.25)
+        self._unsure = left.plot([1], [np.nan], ls='none', marker='o', ms=6, mfc='white', zorder=3, label='not resolved' if not r.trusted.all() else None)[0]
+    self._curves = {m: left.plot([1], [np.nan], label=f'{m} mask' + 's (mean)'*(m == 'random'), **looks[m])[0] for m in r.masks}
+    self._chance = left.plot([1], [0], ls=':', lw=1.6, color=text, label='chance')[0]
+    self._cut = left.axvline(1, color=text, lw=1)
+    dot = dict(marker='o', ls='none', ms=9, mec=text, mew=1.5, zorder=5)
     self._dot = left.plot([1], [0], **dot)[0]
-    left.set(ylabel="overlap with the eigenspace"); left.legend(loc="upper left", fontsize=7.5, ncols=2)
+    left.set(ylabel='overlap with the eigenspace')
+    left.legend(loc='upper left', fontsize=7.5, ncols=2)
     self._moving += [self._band, *([self._within, self._over_within] if r.has_intervals else []), *self._curves.values(), *([self._unsure] if r.has_intervals else []),
                      self._chance, self._cut, self._dot]
     self._setup_right(r, right, dot)
 
 # %% ../nbs/51_explore.ipynb #f6d16982
 @patch
-def _setup_right(self:OverlapExplorer, r, right, dot):
+def _setup_right(self: OverlapExplorer, r, right, dot):
     "The same point over training; of a record with a single step, the same curves in multiples of chance"
-    alone = len(r.steps) == 1; self._ratios = {m: right.plot([1], [np.nan], **self._looks[m])[0] for m in r.masks} if alone else {}
-    self._over = right.plot(r.steps, r.steps*np.nan, marker=".", lw=1.6)[0]; self._over_dot = right.plot([1], [1], **dot)[0]
-    self._level = right.axhline(1, ls=":", lw=1.6, color="0.15")
-    if alone: right.set(yscale="log", ylabel="overlap / chance")
+    alone = len(r.steps) == 1
+    self._ratios = {m: right.plot([1], [np.nan], **self._looks[m])[0] for m in r.masks} if alone else {}
+    self._over = right.plot(r.steps, r.steps*np.nan, marker='.', lw=1.6)[0]
+    self._over_dot = right.plot([1], [1], **dot)[0]
+    self._level = right.axhline(1, ls=':', lw=1.6, color='0.15')
+    if alone: right.set(yscale='log', ylabel='overlap / chance')
     else:
-        pad = max(1, .04*(r.steps[-1] - r.steps[0])); right.set(xlabel="training step", xlim=(r.steps[0] - pad, r.steps[-1] + pad))
+        pad = max(1, .04*(r.steps[-1] - r.steps[0]))
+        right.set(xlabel='training step', xlim=(r.steps[0] - pad, r.steps[-1] + pad))
         right.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     self._moving += [*self._ratios.values(), self._level, self._over, self._over_dot]
 
 # %% ../nbs/51_explore.ipynb #4975298e
 @patch
-def _setup_spectrum(self:OverlapExplorer, r, ax):
-    self._signs = {s: ax.plot([], [], ls="none", ms=2.5 if s == "positive" else 3.5, mew=.6, label=s, **LOOKS[s])[0] for s in ("positive", "negative")}
-    self._level_cut, self._rank_cut = ax.axhline(1, color="0.15", ls="--", lw=1), ax.axvline(1, color="0.15", lw=1)
-    size = np.abs(r.eigvals[r.eigvals != 0]); high, low = (size.max(), size.min()) if size.size else (1, .1)
-    span = dict(xlim=(0, r.k + 1), xlabel="rank", ylabel="|λ|") if r.every_size else dict(xscale="log", xlim=(r.ks[0]*.8, r.k*1.25), xlabel="k", ylabel="|λ| that k exceed")
-    ax.set(yscale="log", ylim=(low/1.5, high*1.5), **span); ax.legend(fontsize=7.5, loc="upper right")
+def _setup_spectrum(self: OverlapExplorer, r, ax):
+    self._signs = {s: ax.plot([], [], ls='none', ms=2.5 if s == 'positive' else 3.5, mew=.6, label=s, **LOOKS[s])[0] for s in ('positive', 'negative')}
+    self._level_cut, self._rank_cut = ax.axhline(1, color='0.15', ls='--', lw=1), ax.axvline(1, color='0.15', lw=1)
+    size = np.abs(r.eigvals[r.eigvals != 0])
+    high, low = (size.max(), size.min()) if size.size else (1, .1)
+    span = dict(xlim=(0, r.k + 1), xlabel='rank', ylabel='|λ|') if r.every_size else dict(xscale='log', xlim=(r.ks[0]*.8, r.k*1.25), xlabel='k', ylabel='|λ| that k exceed')
+    ax.set(yscale='log', ylim=(low/1.5, high*1.5), **span)
+    ax.legend(fontsize=7.5, loc='upper right')
     self._moving += [*self._signs.values(), self._level_cut, self._rank_cut]
 
 @patch
-def _setup_tables(self:OverlapExplorer, r, table, layers):
+def _setup_tables(self: OverlapExplorer, r, table, layers):
     M, Q = len(r.sizes), len(r.ranks)
-    self._heat = table.imshow(np.zeros((Q, M)), vmin=0, vmax=1, cmap="cividis", origin="lower", aspect="auto", interpolation="nearest")
-    every = max(1, M//6); table.set_xticks(range(0, M, every), r.sizes[::every], rotation=45); table.set_yticks(range(0, Q, 2), r.ranks[::2])
-    table.set(xlabel="mask size m", ylabel="rank r"); self._point = table.plot([0], [0], "o", ms=9, mfc="none", mec="#D55E00", mew=2.5)[0]
-    self._shown = np.argsort(-r.layer_sizes, kind="stable")[:14]; self._shown.sort()   # the largest, in the network's order
-    names = [r.layer_names[i][-14:] for i in self._shown] + ["all others"]*(len(r.layer_names) > len(self._shown)); at = np.arange(len(names))
-    self._bars = layers.barh(at, at*0., height=.7, color=LOOKS["magnitude"]["color"]); self._dash = layers.plot(at*0., at, "|", ms=9, mew=2, color="0.15", label="by chance")[0]
-    layers.set_yticks(at, names, fontsize=7); layers.invert_yaxis(); layers.set(xlabel="share of the overlap", xlim=(0, 1)); layers.legend(fontsize=7.5, loc="lower right")
+    self._heat = table.imshow(np.zeros((Q, M)), vmin=0, vmax=1, cmap='cividis', origin='lower', aspect='auto', interpolation='nearest')
+    every = max(1, M//6)
+    table.set_xticks(range(0, M, every), r.sizes[::every], rotation=45)
+    table.set_yticks(range(0, Q, 2), r.ranks[::2])
+    table.set(xlabel='mask size m', ylabel='rank r')
+    self._point = table.plot([0], [0], 'o', ms=9, mfc='none', mec='#D55E00', mew=2.5)[0]
+    self._shown = np.argsort(-r.layer_sizes, kind='stable')[:14]
+    self._shown.sort()   # the largest, in the network's order
+    names = [r.layer_names[i][-14:] for i in self._shown] + ['all others']*(len(r.layer_names) > len(self._shown))
+    at = np.arange(len(names))
+    self._bars = layers.barh(at, at*0., height=.7, color=LOOKS['magnitude']['color'])
+    self._dash = layers.plot(at*0., at, '|', ms=9, mew=2, color='0.15', label='by chance')[0]
+    layers.set_yticks(at, names, fontsize=7)
+    layers.invert_yaxis()
+    layers.set(xlabel='share of the overlap', xlim=(0, 1))
+    layers.legend(fontsize=7.5, loc='lower right')
     self._moving += [self._heat, self._point, *self._bars, self._dash]
 
 # %% ../nbs/51_explore.ipynb #c6ae7572
 @patch
-def _scale(self:OverlapExplorer, tied):
+def _scale(self: OverlapExplorer, tied):
     "Limits of the two upper panels: all sizes up to k, or up to n"
     r, left, right = self.record, self._left, self._right
     span = (r.sizes[0]*.9, max(r.n, 2)*1.05) if not tied else (1, max(2, r.k)) if r.every_size else (r.ks[0]*.9, r.k*1.1)
-    left.set(xscale="linear" if tied and r.every_size else "log", xlim=span, xlabel="mask size k = rank" if tied else "mask size m")
-    tops = [r.best if "best" in r.masks else r.magnitude, *([r.extra] if r.has_tables else []), *([r.high] if r.has_intervals else [])]
+    left.set(xscale='linear' if tied and r.every_size else 'log', xlim=span, xlabel='mask size k = rank' if tied else 'mask size m')
+    tops = [r.best if 'best' in r.masks else r.magnitude, *([r.extra] if r.has_tables else []), *([r.high] if r.has_intervals else [])]
     high = 1.36*max(a.max(initial=0) for a in tops) or 1 if tied else 1.02   # with room for the legend
     left.set_ylim(0, high)
     if self._ratios: self._scale_ratios(tied)
     else: right.set_ylim(0, high)
 
 @patch
-def _scale_ratios(self:OverlapExplorer, tied):
+def _scale_ratios(self: OverlapExplorer, tied):
     "Limits of the panel of ratios: all masks, sizes and splits of the only step"
     r, left = self.record, self._left
     v = np.array([r.curve(m, split=p)/r.chance for m in r.masks for p in r.splits]) if tied else r.overlaps*r.n/np.maximum.outer(r.sizes, r.ranks)
-    v = v[v > 0]; low, high = (max(v.min(), .05), v.max()) if v.size else (.5, 2)
+    v = v[v > 0]
+    low, high = (max(v.min(), .05), v.max()) if v.size else (.5, 2)
     self._right.set(xscale=left.get_xscale(), xlim=left.get_xlim(), xlabel=left.get_xlabel(), ylim=(min(low, .8)/1.2, max(high, 1.2)*1.3))
 
 # %% ../nbs/51_explore.ipynb #7ee18370
 @patch
-def state(self:OverlapExplorer)->dict: # x, curves, chance, std, value, within, ...: what the panels show
+def state(self: OverlapExplorer) -> dict:  # x, curves, chance, std, value, within, ...: what the panels show
     "The numbers behind the figure, at the positions of the controls"
     r, step, split, mask, tied = self.record, self.step.value, self.split.value, self.mask.value, self.tied.value
-    i, p = r.at(step, split); m, q = (self._k(),)*2 if tied else (self.size.value, self.rank.value); within = over_within = None
+    i, p = r.at(step, split)
+    m, q = (self._k(),)*2 if tied else (self.size.value, self.rank.value)
+    within = over_within = None
     if tied:
-        x, at = r.ks, r.place(m); curves = {o: r.curve(o, step, split) for o in r.masks}; over = np.array([r.curve(mask, s, split)[at] for s in r.steps])
+        x, at = r.ks, r.place(m)
+        curves = {o: r.curve(o, step, split) for o in r.masks}
+        over = np.array([r.curve(mask, s, split)[at] for s in r.steps])
         std, within = r.chance_std(x, x, step, split), r.interval(mask, step, split)
         if within: over_within = np.array([[end[at] for end in r.interval(mask, s, split)] for s in r.steps]).T
     else:
-        x, cells = r.sizes, {o: r.cell(o, m, q) for o in r.orders}; curves = {o: r.overlaps[i, p, c[0], :, c[2]] for o, c in cells.items()}
-        o, at, j = cells[mask]; over = r.overlaps[:, p, o, at, j]; std = r.chance_std(x, q, step, split)
+        x, cells = r.sizes, {o: r.cell(o, m, q) for o in r.orders}
+        curves = {o: r.overlaps[i, p, c[0], :, c[2]] for o, c in cells.items()}
+        o, at, j = cells[mask]
+        over = r.overlaps[:, p, o, at, j]
+        std = r.chance_std(x, q, step, split)
         if r.half is not None:   # whether the cut at this rank is resolved does not depend on the mask
-            sure = r.trusted[:, p, 0, r.place(q)]; pairs = (curves[mask], r.half[i, p, o, :, j], sure[i]), (over, r.half[:, p, o, at, j], sure)
+            sure = r.trusted[:, p, 0, r.place(q)]
+            pairs = (curves[mask], r.half[i, p, o, :, j], sure[i]), (over, r.half[:, p, o, at, j], sure)
             within, over_within = ((np.clip(y - h, 0, 1), np.clip(y + h, 0, 1), np.broadcast_to(ok, h.shape)) for y, h, ok in pairs)
-    chance = np.maximum(x, x if tied else q)/r.n; value = curves[mask][at]
+    chance = np.maximum(x, x if tied else q)/r.n
+    value = curves[mask][at]
     s = dict(i=i, p=p, m=m, q=q, x=x, curves=curves, over=over, chance=chance, std=std, value=value, level=chance[at], at=at, within=within, over_within=over_within, z=None, layers=None, cell=None)
     if r.has_tables:
-        s["z"] = (value - chance[at])/std[at] if std is not None and std[at] > 1e-9 else None
+        s['z'] = (value - chance[at])/std[at] if std is not None and std[at] > 1e-9 else None
         near = lambda grid, v: int(grid[np.abs(grid - v).argmin()])
-        s["cell"] = cell = r.cell(mask, near(r.sizes, m), near(r.ranks, q)); s["layers"] = layer_bars(r, i, p, *cell)
+        s['cell'] = cell = r.cell(mask, near(r.sizes, m), near(r.ranks, q))
+        s['layers'] = layer_bars(r, i, p, *cell)
     return s
 
 # %% ../nbs/51_explore.ipynb #27698aca
 @patch
-def draw(self:OverlapExplorer):
+def draw(self: OverlapExplorer):
     "Move the artists to the state of the controls, render them into `.image`, and say the numbers in `.label`"
-    r, mask, split, step, s = self.record, self.mask.value, self.split.value, self.step.value, self.state(); look = self._looks[mask]
-    for lines, by in ((self._curves, 1), (self._ratios, s["chance"])):
+    r, mask, split, step, s = self.record, self.mask.value, self.split.value, self.step.value, self.state()
+    look = self._looks[mask]
+    for lines, by in ((self._curves, 1), (self._ratios, s['chance'])):
         for o, line in lines.items():
-            line.set_data(s["x"], s["curves"].get(o, s["x"]*np.nan)/by); line.set_alpha(1 if o == mask else .4); line.set_linewidth(2.4 if o == mask else 1.2)
-    self._chance.set_data(s["x"], s["chance"]); self._cut.set_xdata([s["m"]]*2)
-    if s["std"] is not None: _fill(self._band, s["x"], s["chance"] - 2*s["std"], s["chance"] + 2*s["std"])
+            line.set_data(s['x'], s['curves'].get(o, s['x']*np.nan)/by)
+            line.set_alpha(1 if o == mask else .4)
+            line.set_linewidth(2.4 if o == mask else 1.2)
+    self._chance.set_data(s['x'], s['chance'])
+    self._cut.set_xdata([s['m']]*2)
+    if s['std'] is not None: _fill(self._band, s['x'], s['chance'] - 2*s['std'], s['chance'] + 2*s['std'])
     if r.has_intervals: self._draw_intervals(s, look)
-    at, level = ((s["m"], s["value"]/s["level"]), 1) if self._ratios else ((step, s["value"]), s["level"]); self._level.set_ydata([level]*2)
-    if not self._ratios: self._over.set_data(r.steps, s["over"]); self._over.set_color(look["color"]); self._over.set_linestyle(look["ls"])
-    for dot, (x, y) in ((self._dot, (s["m"], s["value"])), (self._over_dot, at)): dot.set_data([x], [y]); dot.set_color(look["color"]); dot.set_markeredgecolor("0.15")
-    lam, j = r.eigvals[s["i"], s["p"]], r.place(s["q"])
-    for name, on in (("positive", lam > 0), ("negative", lam < 0)): self._signs[name].set_data(r.ks[on], np.abs(lam[on]))
-    self._level_cut.set_ydata([abs(lam[j]) or np.nan]*2); self._rank_cut.set_xdata([s["q"]]*2)
+    at, level = ((s['m'], s['value']/s['level']), 1) if self._ratios else ((step, s['value']), s['level'])
+    self._level.set_ydata([level]*2)
+    if not self._ratios:
+        self._over.set_data(r.steps, s['over'])
+        self._over.set_color(look['color'])
+        self._over.set_linestyle(look['ls'])
+    for dot, (x, y) in ((self._dot, (s['m'], s['value'])), (self._over_dot, at)):
+        dot.set_data([x], [y])
+        dot.set_color(look['color'])
+        dot.set_markeredgecolor('0.15')
+    lam, j = r.eigvals[s['i'], s['p']], r.place(s['q'])
+    for name, on in (('positive', lam > 0), ('negative', lam < 0)): self._signs[name].set_data(r.ks[on], np.abs(lam[on]))
+    self._level_cut.set_ydata([abs(lam[j]) or np.nan]*2)
+    self._rank_cut.set_xdata([s['q']]*2)
     if r.has_tables: self._draw_tables(s)
     free = f"{s['m']}, rank {s['q']}"
-    titles = [f"{r.problem}, {split} Hessian, step {step}", f"{mask} mask at k = {s['m']}" if self.tied.value else f"{mask} mask at m = {free}",
-              f"cut at |λ| = {abs(lam[j]):.3g}" + (f"; {int((lam[:j + 1] < 0).sum())} of {s['q']} negative" if r.every_size else f", k = {s['q']}")]
-    if r.has_tables: titles += [f"overlap of the {mask} mask", f"layers at m = {r.sizes[s['cell'][1]]}, r = {r.ranks[s['cell'][2]]}"]
+    titles = [f'{r.problem}, {split} Hessian, step {step}', f"{mask} mask at k = {s['m']}" if self.tied.value else f'{mask} mask at m = {free}',
+              f'cut at |λ| = {abs(lam[j]):.3g}' + (f"; {int((lam[:j + 1] < 0).sum())} of {s['q']} negative" if r.every_size else f", k = {s['q']}")]
+    if r.has_tables: titles += [f'overlap of the {mask} mask', f"layers at m = {r.sizes[s['cell'][1]]}, r = {r.ranks[s['cell'][2]]}"]
     for t, said in zip(self._titles, titles): t.set_text(said)
     slow = [self._titles[0], self._titles[3], self._band, *([self._within, self._unsure] if r.has_intervals else []), *self._curves.values(), *self._ratios.values(), self._chance,
             *self._signs.values(), *([self._heat] if r.has_tables else [])]
     if self.tied.value and r.has_tables: slow += [self._titles[4], *self._bars, self._dash]   # of the nearest point of the grid
-    self.render(slow, (step, split, mask, s["cell"] or "tied" if self.tied.value else s["q"])); self._say(s)
+    self.render(slow, (step, split, mask, s['cell'] or 'tied' if self.tied.value else s['q']))
+    self._say(s)
 
 # %% ../nbs/51_explore.ipynb #ed121be6
 def _fill(band, x, low, high): band.set_verts([np.column_stack([np.r_[x, x[::-1]], np.r_[low, high[::-1]]])])
 
 @patch
-def _draw_intervals(self:OverlapExplorer, s, look):
+def _draw_intervals(self: OverlapExplorer, s, look):
     "The bands of an estimate, and hollow markers where it is not resolved; nothing where its mask has no interval"
-    none = np.zeros(0); low, high, trusted = s["within"] or (none, none, none > 0); over = s["over_within"][:2] if s["within"] else (none, none)
-    _fill(self._within, s["x"][:len(low)], low, high)
-    if self._ratios: x = s["x"][:len(low)]; over = low/s["chance"][:len(low)], high/s["chance"][:len(low)]
+    none = np.zeros(0)
+    low, high, trusted = s['within'] or (none, none, none > 0)
+    over = s['over_within'][:2] if s['within'] else (none, none)
+    _fill(self._within, s['x'][:len(low)], low, high)
+    if self._ratios:
+        x = s['x'][:len(low)]
+        over = low/s['chance'][:len(low)], high/s['chance'][:len(low)]
     else: x = self.record.steps[:len(over[0])]
     _fill(self._over_within, x, *over)
-    for band in (self._within, self._over_within): band.set_facecolor(look["color"])
-    doubt = np.flatnonzero(~trusted); self._unsure.set_data(s["x"][doubt], s["curves"][self.mask.value][doubt]); self._unsure.set_markeredgecolor(look["color"])
+    for band in (self._within, self._over_within): band.set_facecolor(look['color'])
+    doubt = np.flatnonzero(~trusted)
+    self._unsure.set_data(s['x'][doubt], s['curves'][self.mask.value][doubt])
+    self._unsure.set_markeredgecolor(look['color'])
 
 @patch
-def _draw_tables(self:OverlapExplorer, s):
+def _draw_tables(self: OverlapExplorer, s):
     "The heat map, its point, and the bars"
-    r, (o, m, q) = self.record, s["cell"]; T = r.overlaps[s["i"], s["p"], o]
-    self._heat.set_data(T.T); at = lambda grid, v: np.interp(v, grid, np.arange(len(grid)))
-    self._point.set_data([at(r.sizes, s["m"])], [at(r.ranks, s["q"])])
-    total = s["layers"][0].sum() or 1; y, c = (np.append(v[self._shown], np.delete(v, self._shown).sum())[:len(self._bars)]/total for v in s["layers"])
+    r, (o, m, q) = self.record, s['cell']
+    T = r.overlaps[s['i'], s['p'], o]
+    self._heat.set_data(T.T)
+    at = lambda grid, v: np.interp(v, grid, np.arange(len(grid)))
+    self._point.set_data([at(r.sizes, s['m'])], [at(r.ranks, s['q'])])
+    total = s['layers'][0].sum() or 1
+    y, c = (np.append(v[self._shown], np.delete(v, self._shown).sum())[:len(self._bars)]/total for v in s['layers'])
     for bar, v in zip(self._bars, y): bar.set_width(v)
     self._dash.set_xdata(np.minimum(c, 1))
 
 # %% ../nbs/51_explore.ipynb #f9154be6
 @patch
-def _say(self:OverlapExplorer, s):
+def _say(self: OverlapExplorer, s):
     r, mask, split, step, n = self.record, self.mask.value, self.split.value, self.step.value, self.record.n
-    note, within = "" if r.converged[s["i"], s["p"]] or r.has_intervals else " <i>(eigenpairs approximate or not converged)</i>", ""
-    if s["within"]:
-        low, high, trusted = (v[s["at"]] for v in s["within"]); within = f" (95% interval {low:.4f} to {high:.4f})"
-        note = "" if trusted else " <i>(not resolved: the run has too few steps to tell these directions from those after them, and the interval is what is possible)</i>"
-    elif r.has_intervals: note = " <i>(an estimate; intervals are known for single orderings, not for a mean)</i>"
+    note, within = '' if r.converged[s['i'], s['p']] or r.has_intervals else ' <i>(eigenpairs approximate or not converged)</i>', ''
+    if s['within']:
+        low, high, trusted = (v[s['at']] for v in s['within'])
+        within = f' (95% interval {low:.4f} to {high:.4f})'
+        note = '' if trusted else ' <i>(not resolved: the run has too few steps to tell these directions from those after them, and the interval is what is possible)</i>'
+    elif r.has_intervals: note = ' <i>(an estimate; intervals are known for single orderings, not for a mean)</i>'
     one = not self.tied.value or not r.random.shape[2]
-    what = ("one random mask" if one else f"mean of {r.random.shape[2]} random masks") if mask == "random" else f"{html.escape(mask)} mask"
+    what = ('one random mask' if one else f'mean of {r.random.shape[2]} random masks') if mask == 'random' else f'{html.escape(mask)} mask'
     whose = f"top {s['q']} of {n} directions" if self.tied.value else f"top {s['q']} directions, mask of {s['m']} of {n} parameters"
-    z = "" if s["z"] is None or mask == "random" and not one else f"; {abs(s['z']):.1f} deviations of a random mask {'above' if s['z'] >= 0 else 'below'} chance"
+    z = '' if s['z'] is None or mask == 'random' and not one else f"; {abs(s['z']):.1f} deviations of a random mask {'above' if s['z'] >= 0 else 'below'} chance"
     self.label.value = (f'<div role="status" aria-live="polite"><b>overlap {s["value"]:.4f}</b>{within} of the {what} with the {whose} ({split} Hessian, step {step}); '
                         f'<b>chance level {s["level"]:.4f}</b>; <b>ratio {s["value"]/s["level"]:.2f}</b>{z}{note}</div>')
 
 # %% ../nbs/51_explore.ipynb #ecc4a5d7
 @patch
-def name(self:OverlapExplorer)->str: # without suffix
+def name(self: OverlapExplorer) -> str:  # without suffix
     "A file name that says what is shown"
-    at = f"k{self._k()}" if self.tied.value else f"m{self.size.value}_r{self.rank.value}"
-    return f"overlap_{self.record.problem}_{at}_step{self.step.value}_{self.split.value}_{self.mask.value}".replace(" ", "-").replace("/", "-")
+    at = f'k{self._k()}' if self.tied.value else f'm{self.size.value}_r{self.rank.value}'
+    return f'overlap_{self.record.problem}_{at}_step{self.step.value}_{self.split.value}_{self.mask.value}'.replace(' ', '-').replace('/', '-')
 
 @patch
-def numbers(self:OverlapExplorer):
+def numbers(self: OverlapExplorer):
     "(panel, series, xs, ys) for each curve that is shown"
-    r, s = self.record, self.state(); lam = r.eigvals[s["i"], s["p"]]
-    yield from (("overlap over mask size", f"{o} mask", s["x"], y) for o, y in s["curves"].items())
-    yield "overlap over mask size", "chance", s["x"], s["chance"]
-    if s["std"] is not None: yield "overlap over mask size", "deviation of a random mask", s["x"], s["std"]
-    if self._ratios: yield from (("ratio to chance", f"{o} mask", s["x"], y/s["chance"]) for o, y in s["curves"].items())
-    else: yield "overlap over training", f"{self.mask.value} mask", r.steps, s["over"]
-    for end, j in (("low", 0), ("high", 1)) if s["within"] else ():
-        yield "overlap over mask size", f"{self.mask.value} mask, {end}", s["x"], s["within"][j]
-        if not self._ratios: yield "overlap over training", f"{self.mask.value} mask, {end}", r.steps, s["over_within"][j]
-    if s["within"]: yield "overlap over mask size", f"{self.mask.value} mask, resolved", s["x"], s["within"][2].astype(int)
-    yield "spectrum", "eigenvalue" if r.every_size else "eigenvalue at the cut", r.ks, lam
-    if s["cell"]:
-        yield from ((f"overlap over mask size and rank", f"rank {q}", r.sizes, r.overlaps[s["i"], s["p"], s["cell"][0], :, j]) for j, q in enumerate(r.ranks))
-        yield from (("layers", series, r.layer_names, y) for series, y in zip(("contribution", "by chance"), s["layers"]))
+    r, s = self.record, self.state()
+    lam = r.eigvals[s['i'], s['p']]
+    yield from (('overlap over mask size', f'{o} mask', s['x'], y) for o, y in s['curves'].items())
+    yield 'overlap over mask size', 'chance', s['x'], s['chance']
+    if s['std'] is not None: yield 'overlap over mask size', 'deviation of a random mask', s['x'], s['std']
+    if self._ratios: yield from (('ratio to chance', f'{o} mask', s['x'], y/s['chance']) for o, y in s['curves'].items())
+    else: yield 'overlap over training', f'{self.mask.value} mask', r.steps, s['over']
+    for end, j in (('low', 0), ('high', 1)) if s['within'] else ():
+        yield 'overlap over mask size', f'{self.mask.value} mask, {end}', s['x'], s['within'][j]
+        if not self._ratios: yield 'overlap over training', f'{self.mask.value} mask, {end}', r.steps, s['over_within'][j]
+    if s['within']: yield 'overlap over mask size', f'{self.mask.value} mask, resolved', s['x'], s['within'][2].astype(int)
+    yield 'spectrum', 'eigenvalue' if r.every_size else 'eigenvalue at the cut', r.ks, lam
+    if s['cell']:
+        yield from (('overlap over mask size and rank', f'rank {q}', r.sizes, r.overlaps[s['i'], s['p'], s['cell'][0], :, j]) for j, q in enumerate(r.ranks))
+        yield from (('layers', series, r.layer_names, y) for series, y in zip(('contribution', 'by chance'), s['layers']))
 
 @patch
-def code(self:OverlapExplorer)->str: # Python
+def code(self: OverlapExplorer) -> str:  # Python
     "The lines that draw what is shown"
-    at = f"step={self.step.value}, split={self.split.value!r}"
-    draw = f"plot_overlap_curve(r, {at})" if self.tied.value else f"plot_overlap_table(r, {self.mask.value!r}, {at}, point=({self.size.value}, {self.rank.value}))"
-    need = "OverlapRecord, " if self.source.startswith("OverlapRecord") else "overlap_record, " if self.source.startswith("overlap_record") else ""
+    at = f'step={self.step.value}, split={self.split.value!r}'
+    draw = f'plot_overlap_curve(r, {at})' if self.tied.value else f'plot_overlap_table(r, {self.mask.value!r}, {at}, point=({self.size.value}, {self.rank.value}))'
+    need = 'OverlapRecord, ' if self.source.startswith('OverlapRecord') else 'overlap_record, ' if self.source.startswith('overlap_record') else ''
     return f"from hessian_overlap import {need}{draw.partition('(')[0]}\nr = {self.source}\n{draw}"
 
 # %% ../nbs/51_explore.ipynb #4375ff80
 def explore_overlap(
     run,            # a record, the folder of a finished run, or a model in eval mode
-    loss_func=None, # of a live model: loss_func(model(x), y), a mean over the batch
+    loss_func=None,  # of a live model: loss_func(model(x), y), a mean over the batch
     data=None,      # of a live model: list of (x, y), or a dict of such lists by split
     **kw,           # of a live model: k and seed, and what else overlap_record takes, such as orders of your own
-)->OverlapExplorer: # shows itself in a notebook
+) -> OverlapExplorer:  # shows itself in a notebook
     "An explorer over the overlaps of a run, or of a model as it is"
     if isinstance(run, OverlapRecord) and loss_func is None: return OverlapExplorer(run)
-    if isinstance(run, (str, Path)): return OverlapExplorer(OverlapRecord.load(run), f"OverlapRecord.load({str(run)!r})")
-    if hasattr(run, "named_parameters") and loss_func is not None and data is not None:
-        said = ", ".join(f"{k}={v!r}" if isinstance(v, (int, float, str)) else f"{k}={k}" for k, v in kw.items())
-        return OverlapExplorer(overlap_record(run, loss_func, data, **kw), f"overlap_record(model, loss_func, data, {said})")
-    raise TypeError(f"expected an OverlapRecord or the folder of a run, got {type(run).__name__}; for a live model give model, loss_func and data")
+    if isinstance(run, (str, Path)): return OverlapExplorer(OverlapRecord.load(run), f'OverlapRecord.load({str(run)!r})')
+    if hasattr(run, 'named_parameters') and loss_func is not None and data is not None:
+        said = ', '.join(f'{k}={v!r}' if isinstance(v, (int, float, str)) else f'{k}={k}' for k, v in kw.items())
+        return OverlapExplorer(overlap_record(run, loss_func, data, **kw), f'overlap_record(model, loss_func, data, {said})')
+    raise TypeError(f'expected an OverlapRecord or the folder of a run, got {type(run).__name__}; for a live model give model, loss_func and data')

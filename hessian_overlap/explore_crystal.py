@@ -6,136 +6,169 @@
 __all__ = ['CrystalExplorer', 'explore_crystallisation']
 
 # %% ../nbs/52_explore_crystal.ipynb #278a5002
-import matplotlib as mpl, matplotlib.style, numpy as np, ipywidgets as W
 from pathlib import Path
+
+import ipywidgets as W
+import matplotlib as mpl
+import matplotlib.style
+import numpy as np
 from fastcore.basics import patch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from .plots import LOOKS
+
 from .crystal import Crystallisation, crystallise
 from .explore import DPI, WIDE, Explorer, control
+from .plots import LOOKS
 
 # %% ../nbs/52_explore_crystal.ipynb #0842bcde
 class CrystalExplorer(Explorer):
     "Widgets over all pairs of steps: `.size` `.a` `.b` `.split` drive `.image` and `.label`"
     def __init__(self,
-        maps:Crystallisation, # what to show
-        source:str="c",       # Python that gives it, for the exported code
+        maps: Crystallisation,  # what to show
+        source: str = 'c',       # Python that gives it, for the exported code
     ):
-        self.size = control(W.SelectionSlider, "size k", "Size of the masks and dimension of the eigenspaces", options=[1])
-        self.a = control(W.SelectionSlider, "first step", "One of the two training steps", options=[0])
-        self.b = control(W.SelectionSlider, "second step", "The other training step", options=[0])
-        self.split = control(W.Dropdown, "Hessian of", "Whose samples define the loss and its Hessian")
-        self.file = control(W.Text, "open a file", "A file of maps; press Enter", placeholder="crystallization.json", continuous_update=False)
-        self.controls = [self.size, self.split, self.a, self.b]; self._begin([*self.controls, self.file]); self.quiet = True
-        for c in self.controls: c.observe(lambda change: self.quiet or self.guard(self.draw), names="value")
-        self.file.observe(lambda change: change["new"] and self.guard(self.open, change["new"]), names="value")
+        self.size = control(W.SelectionSlider, 'size k', 'Size of the masks and dimension of the eigenspaces', options=[1])
+        self.a = control(W.SelectionSlider, 'first step', 'One of the two training steps', options=[0])
+        self.b = control(W.SelectionSlider, 'second step', 'The other training step', options=[0])
+        self.split = control(W.Dropdown, 'Hessian of', 'Whose samples define the loss and its Hessian')
+        self.file = control(W.Text, 'open a file', 'A file of maps; press Enter', placeholder='crystallization.json', continuous_update=False)
+        self.controls = [self.size, self.split, self.a, self.b]
+        self._begin([*self.controls, self.file])
+        self.quiet = True
+        for c in self.controls: c.observe(lambda change: self.quiet or self.guard(self.draw), names='value')
+        self.file.observe(lambda change: change['new'] and self.guard(self.open, change['new']), names='value')
         self.show(maps, source)
-    def __repr__(self): return f"CrystalExplorer({self.maps.problem}, k={self.size.value}, steps {self.a.value} and {self.b.value}, split={self.split.value})"
+    def __repr__(self): return f'CrystalExplorer({self.maps.problem}, k={self.size.value}, steps {self.a.value} and {self.b.value}, split={self.split.value})'
 
 @patch
-def show(self:CrystalExplorer,
-    maps:Crystallisation, # another one
-    source:str="c",       # Python that gives it
+def show(self: CrystalExplorer,
+    maps: Crystallisation,  # another one
+    source: str = 'c',       # Python that gives it
 ):
     "Show these maps; the controls are set anew"
     self.maps, self.source, self.quiet = maps, source, True
-    self.size.options = maps.sizes; self.size.value = maps.sizes[-1]
-    self.split.options = list(maps.spaces); self.split.value = list(maps.spaces)[-1]
-    for c, s in ((self.a, maps.steps[0]), (self.b, maps.steps[-1])): c.options = maps.steps; c.value = s
-    with mpl.style.context("default"): self._setup()
-    self.quiet = False; self.stage(self._moving); self.draw()
+    self.size.options = maps.sizes
+    self.size.value = maps.sizes[-1]
+    self.split.options = list(maps.spaces)
+    self.split.value = list(maps.spaces)[-1]
+    for c, s in ((self.a, maps.steps[0]), (self.b, maps.steps[-1])):
+        c.options = maps.steps
+        c.value = s
+    with mpl.style.context('default'): self._setup()
+    self.quiet = False
+    self.stage(self._moving)
+    self.draw()
 
 @patch
-def open(self:CrystalExplorer,
-    path:Path|str, # of a file that Crystallisation.save wrote
+def open(self: CrystalExplorer,
+    path: Path | str,  # of a file that Crystallisation.save wrote
 ):
     "Show the maps in a file; if it cannot be read, what was shown stays"
-    self.show(Crystallisation.load(path), f"Crystallisation.load({str(path)!r})")
+    self.show(Crystallisation.load(path), f'Crystallisation.load({str(path)!r})')
 
 # %% ../nbs/52_explore_crystal.ipynb #cd7d17ea
 @patch
-def _setup(self:CrystalExplorer):
+def _setup(self: CrystalExplorer):
     "Make the figure and its artists"
-    c = self.maps; S = len(c.steps); self.fig = Figure(figsize=(WIDE, 3.7), dpi=DPI, facecolor="white"); FigureCanvasAgg(self.fig)
-    self._ax = ax = self.fig.subplots(1, 3, width_ratios=(1, 1, 1.1)); self.fig.subplots_adjust(left=.06, right=.985, bottom=.16, top=.88, wspace=.28)
-    self._titles = [a.text(.5, 1.03, "", transform=a.transAxes, ha="center", fontsize=9) for a in ax]; self._moving, self._maps = [], []
+    c = self.maps
+    S = len(c.steps)
+    self.fig = Figure(figsize=(WIDE, 3.7), dpi=DPI, facecolor='white')
+    FigureCanvasAgg(self.fig)
+    self._ax = ax = self.fig.subplots(1, 3, width_ratios=(1, 1, 1.1))
+    self.fig.subplots_adjust(left=.06, right=.985, bottom=.16, top=.88, wspace=.28)
+    self._titles = [a.text(.5, 1.03, '', transform=a.transAxes, ha='center', fontsize=9) for a in ax]
+    self._moving, self._maps = [], []
     for a in ax[:2]:
-        im = a.imshow(np.zeros((S, S)), vmin=0, vmax=1, cmap="cividis", origin="lower", interpolation="nearest")
-        dots = [a.plot([0], [0], "s", ms=max(5, 130/S), mfc="none", mec="#D55E00", mew=2.5)[0] for _ in range(2)]
-        texts = [a.text(j, i, "", ha="center", va="center", fontsize=7) for i in range(S) for j in range(S)] if S <= 12 else []
-        every = max(1, S//6); a.set_xticks(range(0, S, every), c.steps[::every], fontsize=8); a.set_yticks(range(0, S, every), c.steps[::every], fontsize=8)
-        a.set_xlabel("training step", fontsize=9); a.set_ylabel("training step", fontsize=9)
-        self._maps.append((im, texts, dots)); self._moving += [im, *texts, *dots]
-    self._cos = ax[2].plot([0, 1], [0, 0], **LOOKS["magnitude"])[0]
-    self._mean, self._level = ax[2].axhline(0, color=LOOKS["test"]["color"], ls="--", lw=1.6, label="overlap, their mean"), ax[2].axhline(0, color="0.15", ls=":", lw=1.6, label="chance k/n")
-    ax[2].set(xlim=(0, 1), ylim=(0, 1.03)); ax[2].tick_params(labelsize=8); ax[2].legend(fontsize=8, loc="upper right")
-    ax[2].set_xlabel("share of the k principal angles, smallest first", fontsize=9); ax[2].set_ylabel("cos² of the angle", fontsize=9)
-    if not c.angles: ax[2].text(.5, .5, "This file holds no angles;\nonly their mean is known.", ha="center", va="center", fontsize=9)
-    if c.masks is None: ax[0].text((S - 1)/2, (S - 1)/2, "This file holds no masks.", ha="center", va="center", fontsize=9); [o.set_visible(False) for o in (self._maps[0][0], *self._maps[0][2])]
+        im = a.imshow(np.zeros((S, S)), vmin=0, vmax=1, cmap='cividis', origin='lower', interpolation='nearest')
+        dots = [a.plot([0], [0], 's', ms=max(5, 130/S), mfc='none', mec='#D55E00', mew=2.5)[0] for _ in range(2)]
+        texts = [a.text(j, i, '', ha='center', va='center', fontsize=7) for i in range(S) for j in range(S)] if S <= 12 else []
+        every = max(1, S//6)
+        a.set_xticks(range(0, S, every), c.steps[::every], fontsize=8)
+        a.set_yticks(range(0, S, every), c.steps[::every], fontsize=8)
+        a.set_xlabel('training step', fontsize=9)
+        a.set_ylabel('training step', fontsize=9)
+        self._maps.append((im, texts, dots))
+        self._moving += [im, *texts, *dots]
+    self._cos = ax[2].plot([0, 1], [0, 0], **LOOKS['magnitude'])[0]
+    self._mean, self._level = ax[2].axhline(0, color=LOOKS['test']['color'], ls='--', lw=1.6, label='overlap, their mean'), ax[2].axhline(0, color='0.15', ls=':', lw=1.6, label='chance k/n')
+    ax[2].set(xlim=(0, 1), ylim=(0, 1.03))
+    ax[2].tick_params(labelsize=8)
+    ax[2].legend(fontsize=8, loc='upper right')
+    ax[2].set_xlabel('share of the k principal angles, smallest first', fontsize=9)
+    ax[2].set_ylabel('cos² of the angle', fontsize=9)
+    if not c.angles: ax[2].text(.5, .5, 'This file holds no angles;\nonly their mean is known.', ha='center', va='center', fontsize=9)
+    if c.masks is None:
+        ax[0].text((S - 1)/2, (S - 1)/2, 'This file holds no masks.', ha='center', va='center', fontsize=9)
+        [o.set_visible(False) for o in (self._maps[0][0], *self._maps[0][2])]
     self._moving += [*self._titles, self._cos, self._mean, self._level]
 
 @patch
-def state(self:CrystalExplorer)->dict: # iou, overlap, cos2, masks, space, chance, i, j
+def state(self: CrystalExplorer) -> dict:  # iou, overlap, cos2, masks, space, chance, i, j
     "The numbers behind the figure, at the positions of the controls"
-    c, split = self.maps, self.split.value; q, i, j = c.sizes.index(self.size.value), c.steps.index(self.a.value), c.steps.index(self.b.value)
+    c, split = self.maps, self.split.value
+    q, i, j = c.sizes.index(self.size.value), c.steps.index(self.a.value), c.steps.index(self.b.value)
     space, masks = c.spaces[split][q], None if c.masks is None else c.masks[q]
     return dict(i=i, j=j, space=space, masks=masks, overlap=float(space[i, j]), iou=None if masks is None else float(masks[i, j]), chance=c.sizes[q]/c.n,
                 cos2=None if not c.angles else np.cos(np.asarray(c.angles[split][q][i, j], float))**2)
 
 # %% ../nbs/52_explore_crystal.ipynb #1d949aea
 @patch
-def draw(self:CrystalExplorer):
+def draw(self: CrystalExplorer):
     "Move the artists to the state of the controls, render them into `.image`, and say the numbers in `.label`"
     c, s, k, split = self.maps, self.state(), self.size.value, self.split.value
-    for M, (im, texts, dots) in zip((s["masks"], s["space"]), self._maps):
+    for M, (im, texts, dots) in zip((s['masks'], s['space']), self._maps):
         if M is None: continue
         im.set_data(M)
-        for t, v in zip(texts, M.ravel()): t.set_text("1" if v > .995 else f"{v:.2f}"[1:]); t.set_color("0" if v > .45 else "1")
-        for d, (x, y) in zip(dots, ((s["i"], s["j"]), (s["j"], s["i"]))): d.set_data([x], [y])
-    cos2 = s["cos2"]; self._cos.set_data(*([[], []] if cos2 is None else [np.arange(1, k + 1)/k, cos2]))
-    self._mean.set_ydata([s["overlap"]]*2); self._level.set_ydata([s["chance"]]*2)
-    for t, said in zip(self._titles, (f"masks of {k}: intersection over union", f"top-{k} eigenspaces, {split}: overlap", f"steps {self.a.value} and {self.b.value}")): t.set_text(said)
+        for t, v in zip(texts, M.ravel()):
+            t.set_text('1' if v > .995 else f'{v:.2f}'[1:])
+            t.set_color('0' if v > .45 else '1')
+        for d, (x, y) in zip(dots, ((s['i'], s['j']), (s['j'], s['i']))): d.set_data([x], [y])
+    cos2 = s['cos2']
+    self._cos.set_data(*([[], []] if cos2 is None else [np.arange(1, k + 1)/k, cos2]))
+    self._mean.set_ydata([s['overlap']]*2)
+    self._level.set_ydata([s['chance']]*2)
+    for t, said in zip(self._titles, (f'masks of {k}: intersection over union', f'top-{k} eigenspaces, {split}: overlap', f'steps {self.a.value} and {self.b.value}')): t.set_text(said)
     self.render()
-    mask = "" if s["iou"] is None else f"; <b>masks {s['iou']:.3f}</b> by intersection over union"
-    half = "" if cos2 is None else f"; {int((cos2 > .5).sum())} of {k} angles are below 45°"
+    mask = '' if s['iou'] is None else f"; <b>masks {s['iou']:.3f}</b> by intersection over union"
+    half = '' if cos2 is None else f'; {int((cos2 > .5).sum())} of {k} angles are below 45°'
     self.label.value = (f'<div role="status" aria-live="polite">steps {self.a.value} and {self.b.value}, k = {k}: <b>eigenspace overlap {s["overlap"]:.4f}</b> '
                         f'({split} Hessian), chance {s["chance"]:.4f}{mask}{half}</div>')
 
 @patch
-def name(self:CrystalExplorer)->str: # without suffix
+def name(self: CrystalExplorer) -> str:  # without suffix
     "A file name that says what is shown"
-    return f"crystallisation_{self.maps.problem}_k{self.size.value}_step{self.a.value}_step{self.b.value}_{self.split.value}".replace(" ", "-").replace("/", "-")
+    return f'crystallisation_{self.maps.problem}_k{self.size.value}_step{self.a.value}_step{self.b.value}_{self.split.value}'.replace(' ', '-').replace('/', '-')
 
 @patch
-def numbers(self:CrystalExplorer):
+def numbers(self: CrystalExplorer):
     "(panel, series, xs, ys) for each row of the maps, and the angles"
     c, s = self.maps, self.state()
-    for panel, M in (("masks, intersection over union", s["masks"]), ("eigenspace overlap", s["space"])):
-        if M is not None: yield from ((panel, f"step {step}", c.steps, row) for step, row in zip(c.steps, M))
-    if s["cos2"] is not None: yield f"steps {self.a.value} and {self.b.value}", "cos² of the principal angle", np.arange(1, self.size.value + 1), s["cos2"]
+    for panel, M in (('masks, intersection over union', s['masks']), ('eigenspace overlap', s['space'])):
+        if M is not None: yield from ((panel, f'step {step}', c.steps, row) for step, row in zip(c.steps, M))
+    if s['cos2'] is not None: yield f'steps {self.a.value} and {self.b.value}', 'cos² of the principal angle', np.arange(1, self.size.value + 1), s['cos2']
 
 @patch
-def code(self:CrystalExplorer)->str: # Python
+def code(self: CrystalExplorer) -> str:  # Python
     "The lines that draw the map of eigenspaces"
-    i = self.maps.sizes.index(self.size.value); need = "from hessian_overlap import Crystallisation, crystallise, plot_crystallisation"
-    return f"{need}\nc = {self.source}\nplot_crystallisation(c.spaces[{self.split.value!r}][{i}], c.steps, point=({self.a.value}, {self.b.value}))"
+    i = self.maps.sizes.index(self.size.value)
+    need = 'from hessian_overlap import Crystallisation, crystallise, plot_crystallisation'
+    return f'{need}\nc = {self.source}\nplot_crystallisation(c.spaces[{self.split.value!r}][{i}], c.steps, point=({self.a.value}, {self.b.value}))'
 
 # %% ../nbs/52_explore_crystal.ipynb #269277d0
 def explore_crystallisation(
-    source, # a Crystallisation, its file, the folder of a run, or a TrainingRun
-    sizes=None, # of a run: mask sizes and ranks, ascending; None: the file crystallization.json in its folder
-    problem=None, # of a run: what was trained; None: made from the settings of the folder
-    **kw, # of a run: seed, and what else crystallise takes
-)->CrystalExplorer: # shows itself in a notebook
+    source,  # a Crystallisation, its file, the folder of a run, or a TrainingRun
+    sizes=None,  # of a run: mask sizes and ranks, ascending; None: the file crystallization.json in its folder
+    problem=None,  # of a run: what was trained; None: made from the settings of the folder
+    **kw,  # of a run: seed, and what else crystallise takes
+) -> CrystalExplorer:  # shows itself in a notebook
     "An explorer over all pairs of steps; from a run, its eigenspaces are found first"
     if isinstance(source, Crystallisation): return CrystalExplorer(source)
-    if isinstance(source, (str, Path)) and sizes is None and (maps := Path(source)/"crystallization.json").is_file(): source = maps
-    if isinstance(source, (str, Path)) and Path(source).is_file(): return CrystalExplorer(Crystallisation.load(source), f"Crystallisation.load({str(source)!r})")
-    if not isinstance(source, (str, Path)) and not hasattr(source, "thetas"): raise TypeError(
-        f"expected a Crystallisation, its file, a run folder or a TrainingRun, got {type(source).__name__}")
-    if sizes is None and (hasattr(source, "thetas") or Path(source).is_dir()): raise ValueError("a run needs sizes, such as sizes=[35, 70], and a seed")
+    if isinstance(source, (str, Path)) and sizes is None and (maps := Path(source)/'crystallization.json').is_file(): source = maps
+    if isinstance(source, (str, Path)) and Path(source).is_file(): return CrystalExplorer(Crystallisation.load(source), f'Crystallisation.load({str(source)!r})')
+    if not isinstance(source, (str, Path)) and not hasattr(source, 'thetas'): raise TypeError(
+        f'expected a Crystallisation, its file, a run folder or a TrainingRun, got {type(source).__name__}')
+    if sizes is None and (hasattr(source, 'thetas') or Path(source).is_dir()): raise ValueError('a run needs sizes, such as sizes=[35, 70], and a seed')
     if sizes is None: return CrystalExplorer(Crystallisation.load(source))
-    said = ", ".join(f"{k}={v!r}" for k, v in kw.items() if isinstance(v, (int, float, str, tuple, list)))
-    what, of = (repr(str(source)), "") if isinstance(source, (str, Path)) else ("run", ", problem")
-    return CrystalExplorer(crystallise(source, sizes, problem, **kw), f"crystallise({what}, {[int(k) for k in sizes]}{of}, {said})")
+    said = ', '.join(f'{k}={v!r}' for k, v in kw.items() if isinstance(v, (int, float, str, tuple, list)))
+    what, of = (repr(str(source)), '') if isinstance(source, (str, Path)) else ('run', ', problem')
+    return CrystalExplorer(crystallise(source, sizes, problem, **kw), f'crystallise({what}, {[int(k) for k in sizes]}{of}, {said})')

@@ -6,18 +6,27 @@
 __all__ = ['METHODS', 'SHADES', 'MARKS', 'SHOWN', 'Cancelled', 'sketch_errors', 'SketchExplorer', 'explore_sketch']
 
 # %% ../nbs/53_explore_sketch.ipynb #01031b60
-import html, threading, time, matplotlib as mpl, matplotlib.style, numpy as np, torch, ipywidgets as W, warnings
+import html
+import threading
+import warnings
+
+import ipywidgets as W
+import matplotlib as mpl
+import matplotlib.style
+import numpy as np
+import torch
 from fastcore.basics import patch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from .linop import LinearOperator, aslinearoperator
-from .synthmat import SynthOperator, synth_eigvals
+
 from .curvature import HessianLinearOperator
-from .sketch import seigh
-from .krylov import eigsh
-from .overlap import overlap_curve
-from .masks import best_order, magnitude_order
 from .explore import DPI, WIDE, Explorer, control
+from .krylov import eigsh
+from .linop import LinearOperator, aslinearoperator
+from .masks import best_order, magnitude_order
+from .overlaps import overlap_curve
+from .sketch import seigh
+from .synthmat import SynthOperator, synth_eigvals
 
 # %% ../nbs/53_explore_sketch.ipynb #1240b091
 class Cancelled(Exception):
@@ -26,12 +35,14 @@ class Cancelled(Exception):
 class _Watched(LinearOperator):
     "An operator that counts its products, reports them, and stops when told"
     def __init__(self, A, report=None, width=16):
-        super().__init__(A.shape, A.dtype, A.device, symmetric=True); self.A, self.done, self.stop, self.report, self.width = A, 0, threading.Event(), report, width
+        super().__init__(A.shape, A.dtype, A.device, symmetric=True)
+        self.A, self.done, self.stop, self.report, self.width = A, 0, threading.Event(), report, width
     def _matmat(self, V):
         out = []
         for v in V.split(self.width, 1):
-            if self.stop.is_set(): raise Cancelled(f"cancelled after {self.done} products; nothing of this run is kept")
-            out.append(self.A @ v); self.done += v.shape[1]
+            if self.stop.is_set(): raise Cancelled(f'cancelled after {self.done} products; nothing of this run is kept')
+            out.append(self.A @ v)
+            self.done += v.shape[1]
             if self.report: self.report(self.done)
         return torch.cat(out, 1)
 
@@ -41,165 +52,207 @@ def sketch_errors(
     eigvals,         # (k,) exact, largest magnitude first
     eigvecs,         # (n, k) exact
     order,           # (n,) ordering of the parameters whose overlap is followed
-)->dict: # eigvals, error, lost, overlap: (k,) arrays; matvecs, seconds
+) -> dict:  # eigvals, error, lost, overlap: (k,) arrays; matvecs, seconds
     "An estimate against the truth, for every leading part of it"
-    k = len(eigvals); C = (result.eigvecs.double().T @ eigvecs.double()).square().cumsum(0).cumsum(1).diagonal()/torch.arange(1, k + 1)
+    k = len(eigvals)
+    C = (result.eigvecs.double().T @ eigvecs.double()).square().cumsum(0).cumsum(1).diagonal()/torch.arange(1, k + 1)
     lam = result.eigvals.double()
     return dict(eigvals=lam.numpy(), error=((lam - eigvals).abs()/eigvals.abs().clamp(min=1e-300)).numpy(), lost=(1 - C).clamp(min=1e-16).numpy(),
-                overlap=overlap_curve(order, result.eigvecs).numpy(), matvecs=int(result.info["matvecs"]), seconds=float(result.info["seconds"]))
+                overlap=overlap_curve(order, result.eigvecs).numpy(), matvecs=int(result.info['matvecs']), seconds=float(result.info['seconds']))
 
 # %% ../nbs/53_explore_sketch.ipynb #4de6315e
-METHODS = ("core", "singlepass", "nystrom", "hmt", "eigsh")
-SHADES = dict(core="#0072B2", singlepass="#56B4E9", nystrom="#009E73", hmt="#E69F00", eigsh="#D55E00")
-MARKS = dict(core="o", singlepass="^", nystrom="s", hmt="D", eigsh="x")
+METHODS = ('core', 'singlepass', 'nystrom', 'hmt', 'eigsh')
+SHADES = dict(core='#0072B2', singlepass='#56B4E9', nystrom='#009E73', hmt='#E69F00', eigsh='#D55E00')
+MARKS = dict(core='o', singlepass='^', nystrom='s', hmt='D', eigsh='x')
 
 class SketchExplorer(Explorer):
     "A method, its size and tolerance; `.start` runs it, `.cancel` stops it; results are laid over the truth"
     def __init__(self,
         A,               # (n, n) symmetric operator
-        k:int,           # number of eigenpairs, 1 ≤ k ≤ n/4
-        exact:tuple,     # eigenvalues (k,) and eigenvectors (n, k), largest magnitude first
+        k: int,           # number of eigenpairs, 1 ≤ k ≤ n/4
+        exact: tuple,     # eigenvalues (k,) and eigenvectors (n, k), largest magnitude first
         order,           # (n,) ordering whose overlap is followed
-        source:str="A",  # Python that gives the operator, for the exported code
+        source: str = 'A',  # Python that gives the operator, for the exported code
     ):
         self.A, self.k, self.order, self.source = aslinearoperator(A), k, order, source
-        self.exact = exact[0].double().cpu(), exact[1].cpu(); self.truth = overlap_curve(order, self.exact[1]).numpy(); self.runs, self.thread, self.quiet = [], None, True
-        self.method = control(W.Dropdown, "recovery", "Which sketch recovers the eigenpairs, or eigsh, which is no sketch", options=METHODS)
-        self.outer = control(W.IntSlider, "sketch size", "Rank of the sketch; the one-pass methods make twice as many measurements", min=k, max=min(4*k, self.A.shape[0]//2), value=2*k)
-        self.tol = control(W.FloatLogSlider, "tolerance", "Relative residual at which eigsh stops", min=-10, max=-1, step=1, value=1e-3)
-        self.seed = control(W.BoundedIntText, "seed", "Of the random test matrix", min=0, max=2**31 - 1, value=0)
-        self.start, self.cancel = (W.Button(description=d, tooltip=t) for d, t in (("Run", "Multiply, recover and compare"), ("Cancel", "Stop after the block in progress")))
-        self.clear = W.Button(description="Clear", tooltip="Forget all runs")
-        self.bar = W.IntProgress(description="products", max=1, layout=W.Layout(width="24em")); self.cancel.disabled = True
+        self.exact = exact[0].double().cpu(), exact[1].cpu()
+        self.truth = overlap_curve(order, self.exact[1]).numpy()
+        self.runs, self.thread, self.quiet = [], None, True
+        self.method = control(W.Dropdown, 'recovery', 'Which sketch recovers the eigenpairs, or eigsh, which is no sketch', options=METHODS)
+        self.outer = control(W.IntSlider, 'sketch size', 'Rank of the sketch; the one-pass methods make twice as many measurements', min=k, max=min(4*k, self.A.shape[0]//2), value=2*k)
+        self.tol = control(W.FloatLogSlider, 'tolerance', 'Relative residual at which eigsh stops', min=-10, max=-1, step=1, value=1e-3)
+        self.seed = control(W.BoundedIntText, 'seed', 'Of the random test matrix', min=0, max=2**31 - 1, value=0)
+        self.start, self.cancel = (W.Button(description=d, tooltip=t) for d, t in (('Run', 'Multiply, recover and compare'), ('Cancel', 'Stop after the block in progress')))
+        self.clear = W.Button(description='Clear', tooltip='Forget all runs')
+        self.bar = W.IntProgress(description='products', max=1, layout=W.Layout(width='24em'))
+        self.cancel.disabled = True
         self._begin([self.method, self.outer, self.tol, self.seed, W.HBox([self.start, self.cancel, self.clear]), self.bar])
-        self.start.on_click(lambda _: self.guard(self.run)); self.cancel.on_click(lambda _: self.stop())
-        self.clear.on_click(lambda _: self.guard(self.forget)); self.method.observe(lambda change: self._fit(), names="value"); self._fit()
-        with mpl.style.context("default"): self._setup()
+        self.start.on_click(lambda _: self.guard(self.run))
+        self.cancel.on_click(lambda _: self.stop())
+        self.clear.on_click(lambda _: self.guard(self.forget))
+        self.method.observe(lambda change: self._fit(), names='value')
+        self._fit()
+        with mpl.style.context('default'): self._setup()
         self.draw()
-    def __repr__(self): return f"SketchExplorer({self.A.shape[0]} parameters, k={self.k}, {len(self.runs)} runs)"
-    def _fit(self): self.tol.disabled = self.method.value != "eigsh"; self.outer.disabled = not self.tol.disabled
+    def __repr__(self): return f'SketchExplorer({self.A.shape[0]} parameters, k={self.k}, {len(self.runs)} runs)'
+    def _fit(self):
+        self.tol.disabled = self.method.value != 'eigsh'
+        self.outer.disabled = not self.tol.disabled
 
 # %% ../nbs/53_explore_sketch.ipynb #79bc3225
 @patch
-def price(self:SketchExplorer)->int: # products
+def price(self: SketchExplorer) -> int:  # products
     "How many products the chosen method will take; for eigsh the most it may take"
     o = self.outer.value
-    return 10*self.k + 400 if self.method.value == "eigsh" else 2*o   # hmt multiplies half as many columns twice
+    return 10*self.k + 400 if self.method.value == 'eigsh' else 2*o   # hmt multiplies half as many columns twice
 
 @patch
-def run(self:SketchExplorer,
-    wait:bool=False, # until it is finished; for programs
+def run(self: SketchExplorer,
+    wait: bool = False,  # until it is finished; for programs
 ):
     "Start the chosen method in a thread"
-    if self.thread and self.thread.is_alive(): raise RuntimeError("a run is going on: cancel it first")
-    self.bar.max, self.bar.value, self.bar.bar_style = self.price(), 0, "info"
-    self.watched = _Watched(self.A, lambda done: setattr(self.bar, "value", min(done, self.bar.max)))
+    if self.thread and self.thread.is_alive(): raise RuntimeError('a run is going on: cancel it first')
+    self.bar.max, self.bar.value, self.bar.bar_style = self.price(), 0, 'info'
+    self.watched = _Watched(self.A, lambda done: setattr(self.bar, 'value', min(done, self.bar.max)))
     self.start.disabled, self.cancel.disabled = True, False
     ask = dict(method=self.method.value, outer=self.outer.value, tol=self.tol.value, seed=self.seed.value)
-    self.thread = threading.Thread(target=lambda: self.guard(self._work, ask), daemon=True); self.thread.start()
+    self.thread = threading.Thread(target=lambda: self.guard(self._work, ask), daemon=True)
+    self.thread.start()
     if wait: self.thread.join()
 
 @patch
-def stop(self:SketchExplorer):
+def stop(self: SketchExplorer):
     "Cancel the run that is going on; nothing of it is kept"
     if self.thread and self.thread.is_alive(): self.watched.stop.set()
 
 @patch
-def forget(self:SketchExplorer):
+def forget(self: SketchExplorer):
     "Forget all runs"
-    self.runs.clear(); self.draw()
+    self.runs.clear()
+    self.draw()
 
 @patch
-def _work(self:SketchExplorer, ask):
+def _work(self: SketchExplorer, ask):
     try:
-        if ask["method"] == "eigsh":
+        if ask['method'] == 'eigsh':
             with warnings.catch_warnings():   # an unconverged run is shown as what it is
-                warnings.simplefilter("ignore", RuntimeWarning); res = eigsh(self.watched, self.k, tol=ask["tol"], seed=ask["seed"])
-        else: res = seigh(self.watched, self.k, num_outer=ask["outer"], recovery=ask["method"], seed=ask["seed"])
-        self.runs.append(ask | sketch_errors(res, *self.exact, self.order)); self.bar.bar_style = "success"; self.bar.value = self.bar.max; self.draw()
-    except Cancelled as e: self.bar.bar_style = "warning"; self.message.value = f'<div role="status">{html.escape(str(e))}</div>'
+                warnings.simplefilter('ignore', RuntimeWarning)
+                res = eigsh(self.watched, self.k, tol=ask['tol'], seed=ask['seed'])
+        else: res = seigh(self.watched, self.k, num_outer=ask['outer'], recovery=ask['method'], seed=ask['seed'])
+        self.runs.append(ask | sketch_errors(res, *self.exact, self.order))
+        self.bar.bar_style = 'success'
+        self.bar.value = self.bar.max
+        self.draw()
+    except Cancelled as e:
+        self.bar.bar_style = 'warning'
+        self.message.value = f'<div role="status">{html.escape(str(e))}</div>'
     finally: self.start.disabled, self.cancel.disabled = False, True
 
 # %% ../nbs/53_explore_sketch.ipynb #0e29abe7
 SHOWN = 6
 
 @patch
-def _setup(self:SketchExplorer):
+def _setup(self: SketchExplorer):
     "Make the figure and its artists"
-    self.fig = Figure(figsize=(WIDE, 3.7), dpi=DPI, facecolor="white"); FigureCanvasAgg(self.fig)
-    self._ax = ax = self.fig.subplots(1, 3); self.fig.subplots_adjust(left=.065, right=.985, bottom=.14, top=.9, wspace=.24)
-    j, lam = np.arange(1, self.k + 1), self.exact[0].numpy(); n = self.A.shape[0]
-    ax[0].plot(j, np.abs(lam), color="0.15", lw=1.2, label="exact"); ax[2].plot(j, self.truth, color="0.15", lw=1.2, label="exact"); ax[2].plot(j, j/n, color="0.15", ls=":", label="chance k/n")
-    self._lines = [[a.plot([], [], ls="-", lw=1, ms=4)[0] for a in ax] for _ in range(SHOWN)]
-    high = max(np.abs(lam).max(), 1e-30); low = max(np.abs(lam[lam != 0]).min() if lam.any() else high, 1e-12*high)
-    ax[0].set(yscale="log", ylim=(low/3, high*2), ylabel="|λ|"); ax[1].set(yscale="log", ylim=(1e-14, 2), ylabel="lost of the top-j subspace")
-    ax[2].set(ylim=(0, min(1.02, 1.4*max(self.truth.max(), self.k/n))), ylabel="overlap of the mask")
-    for a, t in zip(ax, ("eigenvalues", "eigenspace: 1 − overlap with the exact one", "what one wants to know")):
-        a.set_xlim(.5, self.k + .5); a.set_xlabel("rank j", fontsize=9); a.set_title(t, fontsize=9); a.tick_params(labelsize=8); a.yaxis.label.set_size(9)
+    self.fig = Figure(figsize=(WIDE, 3.7), dpi=DPI, facecolor='white')
+    FigureCanvasAgg(self.fig)
+    self._ax = ax = self.fig.subplots(1, 3)
+    self.fig.subplots_adjust(left=.065, right=.985, bottom=.14, top=.9, wspace=.24)
+    j, lam = np.arange(1, self.k + 1), self.exact[0].numpy()
+    n = self.A.shape[0]
+    ax[0].plot(j, np.abs(lam), color='0.15', lw=1.2, label='exact')
+    ax[2].plot(j, self.truth, color='0.15', lw=1.2, label='exact')
+    ax[2].plot(j, j/n, color='0.15', ls=':', label='chance k/n')
+    self._lines = [[a.plot([], [], ls='-', lw=1, ms=4)[0] for a in ax] for _ in range(SHOWN)]
+    high = max(np.abs(lam).max(), 1e-30)
+    low = max(np.abs(lam[lam != 0]).min() if lam.any() else high, 1e-12*high)
+    ax[0].set(yscale='log', ylim=(low/3, high*2), ylabel='|λ|')
+    ax[1].set(yscale='log', ylim=(1e-14, 2), ylabel='lost of the top-j subspace')
+    ax[2].set(ylim=(0, min(1.02, 1.4*max(self.truth.max(), self.k/n))), ylabel='overlap of the mask')
+    for a, t in zip(ax, ('eigenvalues', 'eigenspace: 1 − overlap with the exact one', 'what one wants to know')):
+        a.set_xlim(.5, self.k + .5)
+        a.set_xlabel('rank j', fontsize=9)
+        a.set_title(t, fontsize=9)
+        a.tick_params(labelsize=8)
+        a.yaxis.label.set_size(9)
     for m in METHODS: ax[1].plot([], [], color=SHADES[m], marker=MARKS[m], lw=1, ms=4, label=m)
-    ax[1].legend(fontsize=7.5, loc="center left", ncols=2); ax[0].legend(fontsize=8, loc="lower left"); ax[2].legend(fontsize=8, loc="upper left")
+    ax[1].legend(fontsize=7.5, loc='center left', ncols=2)
+    ax[0].legend(fontsize=8, loc='lower left')
+    ax[2].legend(fontsize=8, loc='upper left')
     self.stage([o for row in self._lines for o in row])
 
 @patch
-def draw(self:SketchExplorer):
+def draw(self: SketchExplorer):
     "Move the artists to the runs, render them into `.image`, and say the numbers in `.label`"
-    shown = self.runs[-SHOWN:]; j = np.arange(1, self.k + 1)
+    shown = self.runs[-SHOWN:]
+    j = np.arange(1, self.k + 1)
     for n, row in enumerate(self._lines):
-        for line, what in zip(row, ("eigvals", "lost", "overlap")):
-            if n >= len(shown): line.set_data([], []); continue
-            r = shown[n]; line.set_data(j, np.abs(r[what])); line.set_color(SHADES[r["method"]]); line.set_marker(MARKS[r["method"]]); line.set_alpha(1 if n == len(shown) - 1 else .35)
+        for line, what in zip(row, ('eigvals', 'lost', 'overlap')):
+            if n >= len(shown):
+                line.set_data([], [])
+                continue
+            r = shown[n]
+            line.set_data(j, np.abs(r[what]))
+            line.set_color(SHADES[r['method']])
+            line.set_marker(MARKS[r['method']])
+            line.set_alpha(1 if n == len(shown) - 1 else .35)
     self.render()
-    if not shown: self.label.value = '<div role="status">No run yet: choose a recovery and press Run.</div>'; return
-    head = ("recovery", "size or tolerance", "products", "median error of λ", "worst", "lost of the subspace", f"overlap at k = {self.k}", "exact", "seconds")
-    cell = lambda r: (r["method"], f"{r['tol']:.0e}" if r["method"] == "eigsh" else r["outer"], r["matvecs"], f"{np.median(r['error']):.1e}", f"{r['error'].max():.1e}",
-                      f"{r['lost'][-1]:.1e}", f"{r['overlap'][-1]:.4f}", f"{self.truth[-1]:.4f}", f"{r['seconds']:.2f}")
-    row = lambda cells, tag: "<tr>" + "".join(f'<{tag} style="padding:0 .7em;text-align:right">{c}</{tag}>' for c in cells) + "</tr>"
+    if not shown:
+        self.label.value = '<div role="status">No run yet: choose a recovery and press Run.</div>'
+        return
+    head = ('recovery', 'size or tolerance', 'products', 'median error of λ', 'worst', 'lost of the subspace', f'overlap at k = {self.k}', 'exact', 'seconds')
+    cell = lambda r: (r['method'], f"{r['tol']:.0e}" if r['method'] == 'eigsh' else r['outer'], r['matvecs'], f"{np.median(r['error']):.1e}", f"{r['error'].max():.1e}",
+                      f"{r['lost'][-1]:.1e}", f"{r['overlap'][-1]:.4f}", f'{self.truth[-1]:.4f}', f"{r['seconds']:.2f}")
+    row = lambda cells, tag: '<tr>' + ''.join(f'<{tag} style="padding:0 .7em;text-align:right">{c}</{tag}>' for c in cells) + '</tr>'
     self.label.value = f'<div role="status" aria-live="polite"><table>{row(head, "th")}{"".join(row(cell(r), "td") for r in reversed(shown))}</table></div>'
 
 # %% ../nbs/53_explore_sketch.ipynb #d2bd598d
 @patch
-def name(self:SketchExplorer)->str: # without suffix
+def name(self: SketchExplorer) -> str:  # without suffix
     "A file name that says what is shown"
-    return f"sketches_n{self.A.shape[0]}_k{self.k}"
+    return f'sketches_n{self.A.shape[0]}_k{self.k}'
 
 @patch
-def numbers(self:SketchExplorer):
+def numbers(self: SketchExplorer):
     "(panel, series, xs, ys) of the truth and of every run"
     j = np.arange(1, self.k + 1)
-    yield "eigenvalues", "exact", j, self.exact[0].numpy()
-    yield "overlap of the mask", "exact", j, self.truth
+    yield 'eigenvalues', 'exact', j, self.exact[0].numpy()
+    yield 'overlap of the mask', 'exact', j, self.truth
     for r in self.runs:
         who = f"{r['method']} {'tol' if r['method'] == 'eigsh' else 'size'} {r['tol'] if r['method'] == 'eigsh' else r['outer']} seed {r['seed']} ({r['matvecs']} products)"
-        for panel, what in (("eigenvalues", "eigvals"), ("relative error of the eigenvalue", "error"), ("lost of the subspace", "lost"), ("overlap of the mask", "overlap")): yield panel, who, j, r[what]
+        for panel, what in (('eigenvalues', 'eigvals'), ('relative error of the eigenvalue', 'error'), ('lost of the subspace', 'lost'), ('overlap of the mask', 'overlap')): yield panel, who, j, r[what]
 
 @patch
-def code(self:SketchExplorer)->str: # Python
+def code(self: SketchExplorer) -> str:  # Python
     "The lines that make the latest run, or the one that the controls ask for"
     r = self.runs[-1] if self.runs else dict(method=self.method.value, outer=self.outer.value, tol=self.tol.value, seed=self.seed.value)
-    call = f"eigsh(A, {self.k}, tol={r['tol']:g}, seed={r['seed']})" if r["method"] == "eigsh" else f"seigh(A, {self.k}, num_outer={r['outer']}, recovery={r['method']!r}, seed={r['seed']})"
-    need = [call.partition("(")[0], *(o for o in ("SynthOperator", "synth_eigvals", "HessianLinearOperator") if o in self.source)]
+    call = f"eigsh(A, {self.k}, tol={r['tol']:g}, seed={r['seed']})" if r['method'] == 'eigsh' else f"seigh(A, {self.k}, num_outer={r['outer']}, recovery={r['method']!r}, seed={r['seed']})"
+    need = [call.partition('(')[0], *(o for o in ('SynthOperator', 'synth_eigvals', 'HessianLinearOperator') if o in self.source)]
     return f"from hessian_overlap import {', '.join(need)}\nA = {self.source}\nresult = {call}"
 
 # %% ../nbs/53_explore_sketch.ipynb #72a52fb8
 def explore_sketch(
     A=None,         # (n, n) symmetric operator, or a model in eval mode; None: a test matrix of 1000 dimensions
-    loss_func=None, # of a model: loss_func(model(x), y), a mean over the batch
+    loss_func=None,  # of a model: loss_func(model(x), y), a mean over the batch
     data=None,      # of a model: list of (x, y)
     *,
-    k:int=20,       # number of eigenpairs, 1 ≤ k ≤ n/4
+    k: int = 20,       # number of eigenpairs, 1 ≤ k ≤ n/4
     order=None,     # (n,) ordering whose overlap is followed; None: magnitude of a model, else the best for these eigenvectors
     exact=None,     # eigenvalues (k,) and eigenvectors (n, k), if known; None: by eigsh to rounding
-)->SketchExplorer: # shows itself in a notebook
+) -> SketchExplorer:  # shows itself in a notebook
     "An explorer of how exact sketches are, on a problem that can be solved exactly"
-    source = "A"
+    source = 'A'
     if A is None:
-        A, source = SynthOperator(synth_eigvals(1000, rank=1, decay=1., seed=1), seed=0), "SynthOperator(synth_eigvals(1000, rank=1, decay=1., seed=1), seed=0)"
+        A, source = SynthOperator(synth_eigvals(1000, rank=1, decay=1., seed=1), seed=0), 'SynthOperator(synth_eigvals(1000, rank=1, decay=1., seed=1), seed=0)'
         exact = exact or (A.eigvals[:k], A.eigvecs(k))
-    elif hasattr(A, "named_parameters"):
-        if loss_func is None or data is None: raise TypeError("for a live model give model, loss_func and data")
-        order = magnitude_order(A) if order is None else order; A, source = HessianLinearOperator(A, loss_func, None, data), "HessianLinearOperator(model, loss_func, None, data)"
-    op = aslinearoperator(A); n = op.shape[0]
-    if not 1 <= k <= n//4: raise ValueError(f"k must be between 1 and n/4 = {n//4}, got {k}: sketches of twice and four times as many are compared")
+    elif hasattr(A, 'named_parameters'):
+        if loss_func is None or data is None: raise TypeError('for a live model give model, loss_func and data')
+        order = magnitude_order(A) if order is None else order
+        A, source = HessianLinearOperator(A, loss_func, None, data), 'HessianLinearOperator(model, loss_func, None, data)'
+    op = aslinearoperator(A)
+    n = op.shape[0]
+    if not 1 <= k <= n//4: raise ValueError(f'k must be between 1 and n/4 = {n//4}, got {k}: sketches of twice and four times as many are compared')
     if exact is None:
-        res = eigsh(op, k, tol=1e-9 if op.dtype == torch.float64 else 1e-5, seed=0); exact = res.eigvals, res.eigvecs
+        res = eigsh(op, k, tol=1e-9 if op.dtype == torch.float64 else 1e-5, seed=0)
+        exact = res.eigvals, res.eigvecs
     return SketchExplorer(A, k, exact, best_order(exact[1]) if order is None else order, source)

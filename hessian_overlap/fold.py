@@ -4,171 +4,211 @@
 
 # %% ../nbs/04_fold.ipynb #63c935cd
 from __future__ import annotations
-from typing import Callable
-import math, operator, torch
+
+import math
+import operator
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, fx, nn
-from .linearise import _Program, _aten, _name
+
+from .linearise import Program, aten, op_name
 
 # %% auto #0
 __all__ = ['fold']
 
 # %% ../nbs/04_fold.ipynb #e445be37
 class _Block:
-    "m values of one shape: `node` gives (m, shape[order[0]], shape[order[1]], …); `own` if nothing else needs its memory"
+    "m values of one shape: `node` gives (m, shape[order[0]], …); `own` if nothing else needs its memory"
     def __init__(self, node, shape, order=None, own=False):
-        self.node,self.shape,self.own = node,tuple(shape),own
+        self.node, self.shape, self.own = node, tuple(shape), own
         self.order = tuple(range(len(shape)) if order is None else order)
 
-def _function(program, node): return node.target if node.op=='call_function' else getattr(program, node.target)
+def _function(program, node): return node.target if node.op == 'call_function' else getattr(program, node.target)
 
 @torch.no_grad()
 def _shapes(program, v):
     "The shape of every value of a program"
-    env,shapes,last = {},{},{n:u for u in program.graph.nodes for n in u.all_input_nodes}
+    env, shapes = {}, {}
+    last = {n: user for user in program.graph.nodes for n in user.all_input_nodes}
     for node in program.graph.nodes:
-        args,kwargs = fx.node.map_arg((node.args,node.kwargs), lambda n: env[n])
-        if node.op=='placeholder': out = v
-        elif node.op=='output': out = args[0]
-        else: out = getattr(program, node.target) if node.op=='get_attr' else _function(program, node)(*args, **kwargs)
-        env[node],shapes[node] = out,tuple(out.shape) if isinstance(out, Tensor) else None
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        if node.op == 'placeholder': out = v
+        elif node.op == 'output': out = args[0]
+        elif node.op == 'get_attr': out = getattr(program, node.target)
+        else: out = _function(program, node)(*args, **kwargs)
+        env[node] = out
+        shapes[node] = tuple(out.shape) if isinstance(out, Tensor) else None
         for n in node.all_input_nodes:
             if last[n] is node: del env[n]
     return shapes
 
 # %% ../nbs/04_fold.ipynb #24a957fb
-class _Folder(_Program):
+class _Folder(Program):
     "The program for rows under construction"
     def __init__(self, program, v):
         super().__init__()
-        self.shapes,self.consts,self.m = _shapes(program, v),{},None
+        self.shapes, self.consts, self.m = _shapes(program, v), {}, None
     def constant(self, c, rank, order):
         "A constant with leading ones up to the rank, laid out in the order"
-        if c.numel()==1: return c.reshape(())
-        key = id(c),rank,order
+        if c.numel() == 1: return c.reshape(())
+        key = id(c), rank, order
         if key not in self.consts:
             full = c.reshape((1,)*(rank-c.dim()) + tuple(c.shape))
-            self.consts[key] = full if order==tuple(range(rank)) else full.permute(order).contiguous()
+            self.consts[key] = full if order == tuple(range(rank)) else full.permute(order).contiguous()
         return self.consts[key]
     def number(self):
         "The number of vectors"
-        if self.m is None: self.m = self.graph.call_method('size', (self.input,0))
+        if self.m is None: self.m = self.graph.call_method('size', (self.input, 0))
         return self.m
     def arranged(self, b, rank, order):
         "The node of a block with leading ones up to the rank, in the order"
-        node,miss = b.node,rank-len(b.shape)
+        node, miss = b.node, rank-len(b.shape)
         have = tuple(range(miss)) + tuple(o+miss for o in b.order)
-        for _ in range(miss): node = self.call(_aten.unsqueeze.default, node, 1)
-        return node if have==order else self.call(_aten.permute.default, node, [0]+[1+have.index(o) for o in order])
+        for _ in range(miss): node = self.call(aten.unsqueeze.default, node, 1)
+        return node if have == order else self.call(aten.permute.default, node, [0]+[1+have.index(o) for o in order])
     def plain(self, b): return self.arranged(b, len(b.shape), tuple(range(len(b.shape))))
 
 # %% ../nbs/04_fold.ipynb #4d26e346
-_INPLACE = {_aten.add.Tensor:_aten.add_.Tensor, _aten.sub.Tensor:_aten.sub_.Tensor, _aten.mul.Tensor:_aten.mul_.Tensor,
-            _aten.mul.Scalar:_aten.mul_.Scalar, _aten.neg.default:_aten.neg_.default, _aten.addcmul.default:_aten.addcmul_.default}
+_INPLACE = {
+    aten.add.Tensor: aten.add_.Tensor, aten.sub.Tensor: aten.sub_.Tensor, aten.mul.Tensor: aten.mul_.Tensor,
+    aten.mul.Scalar: aten.mul_.Scalar, aten.neg.default: aten.neg_.default, aten.addcmul.default: aten.addcmul_.default}
 
-def _once(node): return len(node.users)==1
+def _once(node): return len(node.users) == 1
 
 def _elementwise(p, node, args, shape):
     "One operation on all blocks"
-    rank,blocks = len(shape),[a for a in args if isinstance(a, _Block)]
+    rank, blocks = len(shape), [a for a in args if isinstance(a, _Block)]
     order = max(blocks, key=lambda b: math.prod(b.shape)).order
-    if len(order)<rank: order = tuple(range(rank))
-    fits = lambda a: isinstance(a, _Block) and a.own and a.shape==shape and a.order==order
-    if node.target is _aten.add.Tensor and len(args)==2 and not fits(args[0]) and fits(args[1]): args = args[::-1]
-    nodes = [p.arranged(a, rank, order) if isinstance(a, _Block) else p.constant(a, rank, order) if isinstance(a, Tensor) else a for a in args]
+    if len(order) < rank: order = tuple(range(rank))
+    fits = lambda a: isinstance(a, _Block) and a.own and a.shape == shape and a.order == order
+    def laid_out(a):
+        if isinstance(a, _Block): return p.arranged(a, rank, order)
+        return p.constant(a, rank, order) if isinstance(a, Tensor) else a
+    commutes = node.target is aten.add.Tensor and len(args) == 2
+    if commutes and not fits(args[0]) and fits(args[1]): args = args[::-1]
     op = _INPLACE.get(node.target, node.target) if fits(args[0]) else node.target
-    return _Block(p.call(op, *nodes), shape, order, _once(node))
+    return _Block(p.call(op, *map(laid_out, args)), shape, order, _once(node))
 
 # %% ../nbs/04_fold.ipynb #75316879
 def _wants_plain(p, node, depth=6):
     "Is the value needed in its plain order?"
     for u in node.users:
-        if u.op!='call_function': return True
-        if u.target in _INPLACE or u.target is _aten.addmm.default and u.args[0] is node:
+        if u.op != 'call_function': return True
+        if u.target in _INPLACE or u.target is aten.addmm.default and u.args[0] is node:
             if depth and _wants_plain(p, u, depth-1): return True
-        elif u.target is _aten.reshape.default:
-            if p.shapes[u]!=p.shapes[node]: return True
+        elif u.target is aten.reshape.default:
+            if p.shapes[u] != p.shapes[node]: return True
         elif _folding(u.target) is None: return True
     return False
 
+# %% ../nbs/04_fold.ipynb #9c2b8f93
+def _folded(p, x, T, C, free, summed):
+    "x + T C by one product, T's summed dimension being its last; x may be None"
+    rows = p.call(aten.reshape.default, T.node, [-1, T.shape[summed]])
+    if x is None: out = p.call(aten.mm.default, rows, C)
+    else:
+        op = aten.addmm_.default if x.own else aten.addmm.default
+        out = p.call(op, p.call(aten.reshape.default, x.node, [-1, C.shape[1]]), rows, C)
+    return p.call(aten.reshape.default, out, [-1, T.shape[free], C.shape[1]])
+
+def _batched(p, x, t, C, c_first):
+    "x + (T C)ᵀ if c comes first, or x + T C, by a batched product with the node t (m, summed, free); x may be None"
+    if c_first: pair = p.call(aten.expand.default, C.t(), [p.number(), -1, -1]), t
+    else:
+        pair = (p.call(aten.permute.default, t, [0, 2, 1]),
+                p.call(aten.expand.default, C, [p.number(), -1, -1]))
+    if x is None: return p.call(aten.bmm.default, *pair)
+    return p.call(aten.baddbmm_.default if x.own else aten.baddbmm.default, x.node, *pair)
+
+# %% ../nbs/04_fold.ipynb #7ede5add
 def _product(p, node, args, shape):
     "mm(a, b) and addmm(x, a, b) where T, one of a and b, is a block and the other one is constant"
-    x,a,b = ([None]+list(args))[-3:]
-    whole = x is not None and x.shape==shape # or it is broadcast
+    x, a, b = ([None]+list(args))[-3:]
+    whole = x is not None and x.shape == shape  # or it is broadcast
     left = isinstance(a, _Block)
-    T,C = (a,b) if left else (b,a.t()) # C is (summed, c); T has the free dimension and the summed one
-    free,summed = (0,1) if left else (1,0)
-    c_last,free_last = ((0,1),(1,0)) if left else ((1,0),(0,1)) # orders of the result
-    larger = C.shape[1]>T.shape[summed]
-    if T.order[-1]==summed and not (larger and c_last!=(0,1) and _wants_plain(p, node)):
-        rows,done = p.call(_aten.reshape.default, T.node, [-1,T.shape[summed]]),whole and x.order==c_last
-        if done: out = p.call(_aten.addmm_.default if x.own else _aten.addmm.default, p.call(_aten.reshape.default, x.node, [-1,C.shape[1]]), rows, C)
-        else: out = p.call(_aten.mm.default, rows, C)
-        out,order = p.call(_aten.reshape.default, out, [-1,T.shape[free],C.shape[1]]),c_last
+    T, C = (a, b) if left else (b, a.t())  # C is (summed, c); T has the free dimension and the summed one
+    free, summed = (0, 1) if left else (1, 0)
+    c_last, free_last = ((0, 1), (1, 0)) if left else ((1, 0), (0, 1))  # orders of the result
+    larger = C.shape[1] > T.shape[summed]
+    if T.order[-1] == summed and not (larger and c_last != (0, 1) and _wants_plain(p, node)):
+        order, added = c_last, whole and x.order == c_last
+        out = _folded(p, x if added else None, T, C, free, summed)
     else:
-        order,done = x.order if whole else (0,1) if _wants_plain(p, node) else free_last,whole
-        t = p.arranged(T, 2, (summed,free))
-        if order==free_last: pair = p.call(_aten.expand.default, C.t(), [p.number(),-1,-1]),t
-        else: pair = p.call(_aten.permute.default, t, [0,2,1]),p.call(_aten.expand.default, C, [p.number(),-1,-1])
-        if not whole: out = p.call(_aten.bmm.default, *pair)
-        else: out = p.call(_aten.baddbmm_.default if x.own else _aten.baddbmm.default, x.node, *pair)
-    if x is not None and not done: out = p.call(_aten.add_.Tensor, out, p.arranged(x, 2, order))
+        order, added = free_last, whole
+        if whole: order = x.order
+        elif _wants_plain(p, node): order = 0, 1
+        out = _batched(p, x if whole else None, p.arranged(T, 2, (summed, free)), C, order == free_last)
+    if x is not None and not added: out = p.call(aten.add_.Tensor, out, p.arranged(x, 2, order))
     return _Block(out, shape, order, _once(node))
 
 # %% ../nbs/04_fold.ipynb #dfbae841
 def _view(p, node, args, shape):
     "reshape, expand, clone, t, transpose, permute"
-    x,rank,name = args[0],len(args[0].shape),_name(node.target)
+    x, rank, name = args[0], len(args[0].shape), op_name(node.target)
     own = x.own and _once(node)
-    if name=='clone' or name=='reshape' and shape==x.shape: return _Block(x.node, shape, x.order, own)
-    if name=='reshape': return _Block(p.call(_aten.reshape.default, p.plain(x), [-1,*shape]), shape, None, own)
-    if name=='expand':
+    if name == 'clone' or name == 'reshape' and shape == x.shape: return _Block(x.node, shape, x.order, own)
+    if name == 'reshape': return _Block(p.call(aten.reshape.default, p.plain(x), [-1, *shape]), shape, None, own)
+    if name == 'expand':
         full = p.arranged(x, len(shape), tuple(range(len(shape))))
-        return _Block(p.call(_aten.expand.default, full, [-1,*shape]), shape)
-    perm = [d%rank for d in args[1]] if name=='permute' else list(range(rank))
-    if name!='permute':
-        i,j = (d%rank for d in args[1:3]) if name=='transpose' else (0,rank-1)
-        perm[i],perm[j] = perm[j],perm[i]
+        return _Block(p.call(aten.expand.default, full, [-1, *shape]), shape)
+    if name == 'permute': perm = [d % rank for d in args[1]]
+    else:
+        i, j = (d % rank for d in args[1:3]) if name == 'transpose' else (0, rank-1)
+        perm = list(range(rank))
+        perm[i], perm[j] = perm[j], perm[i]
     return _Block(x.node, shape, [perm.index(o) for o in x.order], own)
 
+# %% ../nbs/04_fold.ipynb #140d0c18
 def _sum(p, node, args, shape):
     "sum over some dimensions"
-    x,keep = args[0],len(args)>2 and args[2]
-    dims = [d%len(x.shape) for d in args[1] or range(len(x.shape))]
+    x, keep = args[0], len(args) > 2 and args[2]
+    dims = [d % len(x.shape) for d in args[1] or range(len(x.shape))]
     out = p.call(node.target, x.node, [1+x.order.index(d) for d in dims], keep) if dims else x.node
-    left = [o for o in x.order if o not in dims]
-    return _Block(out, shape, x.order if keep else [sorted(left).index(o) for o in left], bool(dims) and _once(node))
+    order = x.order
+    if not keep:
+        left = [o for o in x.order if o not in dims]
+        order = [sorted(left).index(o) for o in left]
+    return _Block(out, shape, order, bool(dims) and _once(node))
 
 def _shifted(p, node, args, shape):
     "An operation along a dimension: unsqueeze, squeeze, select, slice"
-    rank = len(args[0].shape)+(_name(node.target)=='unsqueeze')
-    dim = (args[1] if len(args)>1 else 0)%rank
+    rank = len(args[0].shape)+(op_name(node.target) == 'unsqueeze')
+    dim = (args[1] if len(args) > 1 else 0) % rank
     return _Block(p.call(node.target, p.plain(args[0]), 1+dim, *args[2:]), shape)
 
+# %% ../nbs/04_fold.ipynb #9567c21a
 def _split(p, node, args, shape):
     "split into parts"
-    x,dim = args[0],(args[2] if len(args)>2 else 0)%len(args[0].shape)
+    x = args[0]
+    dim = (args[2] if len(args) > 2 else 0) % len(x.shape)
     out = p.call(node.target, p.plain(x), args[1], 1+dim)
-    return {u.args[1]:_Block(p.call(operator.getitem, out, u.args[1]), p.shapes[u]) for u in node.users}
+    return {u.args[1]: _Block(p.call(operator.getitem, out, u.args[1]), p.shapes[u]) for u in node.users}
 
 def _join(p, node, args, shape):
     "cat; constants are the same for all vectors"
-    one = lambda a: p.plain(a) if isinstance(a, _Block) else p.call(_aten.expand.default, a, [p.number(),*a.shape])
-    return _Block(p.call(node.target, [one(a) for a in args[0]], 1+(args[1] if len(args)>1 else 0)%len(shape)), shape, None, _once(node))
+    def for_all(a):
+        if isinstance(a, _Block): return p.plain(a)
+        return p.call(aten.expand.default, a, [p.number(), *a.shape])
+    dim = (args[1] if len(args) > 1 else 0) % len(shape)
+    return _Block(p.call(node.target, [for_all(a) for a in args[0]], 1+dim), shape, None, _once(node))
 
 # %% ../nbs/04_fold.ipynb #8561efde
 class _Mapped(nn.Module):
     "f over the vectors of some of its arguments; of several results those that are picked"
     def __init__(self, f, args, kwargs, picks):
         super().__init__()
-        self.how = f,args,kwargs,picks # not as a submodule
+        self.how = f, args, kwargs, picks  # not as a submodule
     def forward(self, *blocks):
-        f,args,kwargs,picks = self.how
+        f, args, kwargs, picks = self.how
         def one(*row):
             row = iter(row)
-            out = f(*fx.node.map_aggregate(args, lambda a: next(row) if isinstance(a, _Block) else a), **kwargs)
+            filled = fx.node.map_aggregate(args, lambda a: next(row) if isinstance(a, _Block) else a)
+            out = f(*filled, **kwargs)
             return out if picks is None else tuple(out[i] for i in picks)
         return torch.func.vmap(one)(*blocks)
 
+# %% ../nbs/04_fold.ipynb #842b251a
 def _mapped(p, node, args, kwargs, f):
     "One operation by vmap"
     blocks = []
@@ -176,35 +216,39 @@ def _mapped(p, node, args, kwargs, f):
         if not isinstance(a, _Block): return a
         blocks.append(a)
         return _Block(None, a.shape)
-    args,single = fx.node.map_aggregate(args, hole),p.shapes[node] is not None
+    args = fx.node.map_aggregate(args, hole)
+    single = p.shapes[node] is not None
     picks = None if single else [u.args[1] for u in node.users]
     out = p.graph.call_module(p.put(_Mapped(f, args, kwargs, picks)), tuple(p.plain(b) for b in blocks))
     if single: return _Block(out, p.shapes[node], None, _once(node))
-    return {u.args[1]:_Block(p.call(operator.getitem, out, i), p.shapes[u]) for i,u in enumerate(node.users)}
+    return {u.args[1]: _Block(p.call(operator.getitem, out, i), p.shapes[u]) for i, u in enumerate(node.users)}
 
 # %% ../nbs/04_fold.ipynb #6386e6ee
-_FOLDINGS = dict(mm=_product, addmm=_product, reshape=_view, expand=_view, clone=_view, t=_view, transpose=_view, permute=_view, unsqueeze=_shifted,
-                 select=_shifted, slice=_shifted, split=_split, split_with_sizes=_split, cat=_join)
-_FOLDINGS |= {'sum.dim_IntList':_sum, 'squeeze.dim':_shifted}
+_FOLDINGS = dict(
+    mm=_product, addmm=_product, reshape=_view, expand=_view, clone=_view, t=_view, transpose=_view, permute=_view,
+    unsqueeze=_shifted, select=_shifted, slice=_shifted, split=_split, split_with_sizes=_split, cat=_join)
+_FOLDINGS |= {'sum.dim_IntList': _sum, 'squeeze.dim': _shifted}
 
 def _folding(op):
     "The rule of an operation, or None"
     if not isinstance(op, torch._ops.OpOverload): return None
-    rule = _FOLDINGS.get(_name(op)) or _FOLDINGS.get(f'{_name(op)}.{op._overloadname}')
+    rule = _FOLDINGS.get(op_name(op)) or _FOLDINGS.get(f'{op_name(op)}.{op._overloadname}')
     return rule or (_elementwise if torch.Tag.pointwise in op.tags else None)
 
+# %% ../nbs/04_fold.ipynb #73543f0a
 def fold(
-    program:Callable, # v (n,) -> tensor, linear in v, as linearise gives it
-    v:Tensor, # (n,) any vector, for the shapes
-)->tuple: # the program for rows (m, n) -> (m, …); bytes that it keeps
+    program: Callable,  # v (n,) -> tensor, linear in v, as linearise gives it
+    v: Tensor,  # (n,) any vector, for the shapes
+) -> tuple:  # the program for rows (m, n) -> (m, …); bytes that it keeps
     "A program for many vectors from one for a single vector"
-    p,env = _Folder(program, v),{}
+    p, env = _Folder(program, v), {}
     for node in program.graph.nodes:
-        args,kwargs = fx.node.map_arg((node.args,node.kwargs), lambda n: env[n])
-        if node.op=='placeholder': env[node] = _Block(p.input, v.shape)
-        elif node.op=='get_attr': env[node] = getattr(program, node.target)
-        elif node.op=='output': return p.finish(p.plain(args[0]))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        if node.op == 'placeholder': env[node] = _Block(p.input, v.shape)
+        elif node.op == 'get_attr': env[node] = getattr(program, node.target)
+        elif node.op == 'output': return p.finish(p.plain(args[0]))
         elif node.target is operator.getitem: env[node] = args[0][args[1]]
         else:
-            rule = _folding(node.target) if not kwargs or _name(node.target)=='clone' else None
-            env[node] = rule(p, node, args, p.shapes[node]) if rule else _mapped(p, node, args, kwargs, _function(program, node))
+            rule = _folding(node.target) if not kwargs or op_name(node.target) == 'clone' else None
+            if rule: env[node] = rule(p, node, args, p.shapes[node])
+            else: env[node] = _mapped(p, node, args, kwargs, _function(program, node))

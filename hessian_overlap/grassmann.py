@@ -4,51 +4,66 @@
 
 # %% ../nbs/30_grassmann.ipynb #ef0d385c
 from __future__ import annotations
-from typing import Iterable, NamedTuple
-import math, numpy as np, torch
-from torch import Tensor
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
 from scipy.stats import hypergeom
+from torch import Tensor
 
 # %% auto #0
-__all__ = ['METRICS', 'principal_angles', 'overlap', 'metric_from_angles', 'grassmann_distance', 'mask_iou', 'distance_matrix',
-           'chance_overlap', 'random_angles', 'Chance', 'chance_distance']
+__all__ = ['METRICS', 'row_blocks', 'principal_angles', 'overlap', 'metric_from_angles', 'grassmann_distance', 'mask_iou',
+           'distance_matrix', 'chance_overlap', 'random_angles', 'Chance', 'chance_distance']
 
 # %% ../nbs/30_grassmann.ipynb #78e5df60
+def _check_orthonormal(U, name):
+    n, k = U.shape
+    if not 1 <= k <= n: raise ValueError(f'{name} has {k} columns in {n} dimensions')
+    gap = (U.mT @ U - torch.eye(k, dtype=U.dtype, device=U.device)).abs().max().item()
+    if gap <= 1e3*torch.finfo(U.dtype).eps*n**.5: return  # a NaN is not
+    raise ValueError(f'the columns of {name} are not orthonormal (off by {gap:.1e}): take torch.linalg.qr({name}).Q')
+
 def _space(S, name='U'):
     "A subspace as (n, k) orthonormal columns or as a boolean (n,), or an error that says what is wrong"
     if hasattr(S, 'to_bool'): S = S.to_bool()
-    if isinstance(S, Tensor) and S.dtype==torch.bool and S.dim()==1:
+    if isinstance(S, Tensor) and S.dtype == torch.bool and S.dim() == 1:
         if not S.any(): raise ValueError(f'{name} is a mask that selects nothing')
         return S
-    if not isinstance(S, Tensor) or S.dim()!=2 or not S.is_floating_point(): raise ValueError(
-        f'{name} must be an (n, k) tensor, a boolean (n,) tensor or a Mask, got {tuple(S.shape) if isinstance(S, Tensor) else type(S).__name__}')
-    n,k = S.shape
-    if not 1<=k<=n: raise ValueError(f'{name} has {k} columns in {n} dimensions')
-    gap = (S.mT @ S - torch.eye(k, dtype=S.dtype, device=S.device)).abs().max().item()
-    if not gap <= 1e3*torch.finfo(S.dtype).eps*n**.5: raise ValueError(
-        f'the columns of {name} are not orthonormal (off by {gap:.1e}): take torch.linalg.qr({name}).Q')
+    if not isinstance(S, Tensor) or S.dim() != 2 or not S.is_floating_point():
+        found = tuple(S.shape) if isinstance(S, Tensor) else type(S).__name__
+        raise ValueError(f'{name} must be an (n, k) tensor, a boolean (n,) tensor or a Mask, got {found}')
+    _check_orthonormal(S, name)
     return S
 
-def _is_mask(S): return S.dtype==torch.bool
+# %% ../nbs/30_grassmann.ipynb #97bacf08
+def _is_mask(S): return S.dtype == torch.bool
 def _dim(S): return int(S.sum()) if _is_mask(S) else S.shape[1]
 
 def _pair(U, V):
     "Two subspaces of one space that are already checked, masks on the device of the bases"
-    if len(U)!=len(V): raise ValueError(f'U and V lie in spaces of {len(U)} and {len(V)} dimensions')
-    if _is_mask(U) or _is_mask(V): return (U.to(V.device),V) if _is_mask(U) else (U,V.to(U.device))
-    if U.dtype!=V.dtype or U.device!=V.device: raise TypeError(f'U is {U.dtype} on {U.device}, V is {V.dtype} on {V.device}: cast or move one of them')
-    return U,V
+    if len(U) != len(V): raise ValueError(f'U and V lie in spaces of {len(U)} and {len(V)} dimensions')
+    if _is_mask(U): return U.to(V.device), V
+    if _is_mask(V): return U, V.to(U.device)
+    if U.dtype != V.dtype or U.device != V.device:
+        raise TypeError(f'U is {U.dtype} on {U.device}, V is {V.dtype} on {V.device}: cast or move one of them')
+    return U, V
 
 def _spaces(U, V): return _pair(_space(U, 'U'), _space(V, 'V'))
 
 # %% ../nbs/30_grassmann.ipynb #392c675b
-def _blocks(n, width):
-    "Slices of rows that cut a matrix of that width into blocks of about two million numbers, none wider than tall"
+def row_blocks(
+    n: int,  # rows of a matrix
+    width: int,  # its columns, at least 1
+):  # generator of slices that cut the rows, in order
+    "Slices of rows that cut a matrix into blocks of about two million numbers, none wider than tall"
     step = max(width, 2**21//width)
     return (slice(i, min(i+step, n)) for i in range(0, n, step))
 
 def _svdvals(blocks, k):
-    "k singular values, largest first, of a matrix with k columns that comes in blocks of rows; zeros where it has fewer rows"
+    "k singular values, largest first, of a matrix of k columns that comes in blocks of rows; zeros if rows are fewer"
     R = None
     for B in blocks: R = torch.linalg.qr(B if R is None else torch.cat([R, B]), mode='r').R
     s = torch.linalg.svdvals(R)
@@ -58,46 +73,54 @@ def _svdvals(blocks, k):
 def _columns(V, rows, like):
     "The rows of a basis; of a mask, those rows of its columns of the identity"
     if not _is_mask(V): return V[rows]
-    at = V[rows].nonzero()[:,0]
+    at = V[rows].nonzero()[:, 0]
     E = like.new_zeros(rows.stop-rows.start, _dim(V))
-    E[at,int(V[:rows.start].sum())+torch.arange(len(at), device=at.device)] = 1
+    E[at, int(V[:rows.start].sum())+torch.arange(len(at), device=at.device)] = 1
     return E
 
+def _accurate_angles(cos, sin):
+    "Angles from their cosines where large and from their sines where small, whichever is accurate"
+    return torch.where(cos**2 < .5, cos.arccos(), sin.arcsin())
+
+# %% ../nbs/30_grassmann.ipynb #a6a90cee
 def _angles(U, V):
     "Principal angles of two subspaces that `_spaces` gave"
-    if _dim(U)<_dim(V): U,V = V,U
-    n,l = len(U),_dim(V)
-    if _is_mask(U) and _is_mask(V): return math.pi/2*(torch.arange(l, device=U.device)>=(U&V).sum()).double()
+    if _dim(U) < _dim(V): U, V = V, U
+    n, l = len(U), _dim(V)
+    if _is_mask(U) and _is_mask(V):
+        return math.pi/2*(torch.arange(l, device=U.device) >= (U & V).sum()).double()
     if _is_mask(U):
-        cos,off = _svdvals((V[r][U[r]] for r in _blocks(n, l)), l), lambda r: V[r][~U[r]]
+        cos = _svdvals((V[r][U[r]] for r in row_blocks(n, l)), l)
+        outside = lambda r: V[r][~U[r]]
     else:
         C = U[V].mT if _is_mask(V) else U.mT @ V
-        cos,off = torch.linalg.svdvals(C), lambda r: _columns(V, r, U) - U[r] @ C
+        cos = torch.linalg.svdvals(C)
+        outside = lambda r: _columns(V, r, U) - U[r] @ C
     cos = cos.clamp(max=1)
-    if cos[0]**2<.5: return cos.arccos()
-    sin = _svdvals((off(r) for r in _blocks(n, l)), l).flip(0).clamp(max=1)
-    return torch.where(cos**2<.5, cos.arccos(), sin.arcsin())
+    if cos[0]**2 < .5: return cos.arccos()
+    sin = _svdvals((outside(r) for r in row_blocks(n, l)), l).flip(0).clamp(max=1)
+    return _accurate_angles(cos, sin)
 
 def principal_angles(
-    U:Tensor, # (n, k) orthonormal columns spanning the first subspace, or a Mask or boolean (n,) of k coordinates
-    V:Tensor, # (n, l) orthonormal columns or a mask, the second; bases have the same dtype and device
-)->Tensor: # (min(k, l),) angles in [0, π/2] radians, smallest first; float64 between masks
+    U: Tensor,  # (n, k) orthonormal columns spanning the first subspace, or a Mask or boolean (n,) of k coordinates
+    V: Tensor,  # (n, l) orthonormal columns or a mask, the second; bases have the same dtype and device
+) -> Tensor:  # (min(k, l),) angles in [0, π/2] radians, smallest first; float64 between masks
     "Principal angles, from cosines where large and sines where small (Björck and Golub 1973)"
     return _angles(*_spaces(U, V))
 
 # %% ../nbs/30_grassmann.ipynb #a31387c1
 def overlap(
-    U:Tensor, # (n, k) orthonormal columns spanning the first subspace, or a Mask or boolean (n,) of k coordinates
-    V:Tensor, # (n, l) orthonormal columns or a mask, the second; bases have the same dtype and device
-)->Tensor: # scalar in [0, 1], dimensionless; chance level max(k, l)/n; float64 with masks
+    U: Tensor,  # (n, k) orthonormal columns spanning the first subspace, or a Mask or boolean (n,) of k coordinates
+    V: Tensor,  # (n, l) orthonormal columns or a mask, the second; bases have the same dtype and device
+) -> Tensor:  # scalar in [0, 1], dimensionless; chance level max(k, l)/n; float64 with masks
     "Overlap ‖UᵀV‖²_F / min(k, l), the mean squared cosine of the principal angles (Fernandez et al. 2025)"
     return _overlap(*_spaces(U, V))
 
 def _overlap(U, V):
     k = min(_dim(U), _dim(V))
-    if _is_mask(U) and _is_mask(V): return (U&V).sum().double()/k
-    if _is_mask(U): U,V = V,U
-    if _is_mask(V): return sum(U[r][V[r]].double().square().sum() for r in _blocks(len(U), U.shape[1]))/k
+    if _is_mask(U) and _is_mask(V): return (U & V).sum().double()/k
+    if _is_mask(U): U, V = V, U
+    if _is_mask(V): return sum(U[r][V[r]].double().square().sum() for r in row_blocks(len(U), U.shape[1]))/k
     return (U.mT @ V).square().sum()/k
 
 # %% ../nbs/30_grassmann.ipynb #f5205e18
@@ -105,148 +128,161 @@ def _fubini_study(t):
     s = torch.log1p(-t.sin().square().clamp(max=1)).sum(-1)
     return torch.atan2((-torch.expm1(s)).sqrt(), (s/2).exp())
 
-_METRICS = dict( # name: a function of the angles, and its largest value for m of them
-    geodesic    =(lambda t: t.norm(dim=-1),               lambda m: math.pi/2*m**.5),
-    chordal_2   =(lambda t: 2*(t.amax(-1)/2).sin(),       lambda m: 2**.5),
-    chordal_f   =(lambda t: 2*(t/2).sin().norm(dim=-1),   lambda m: (2*m)**.5),
-    projection_2=(lambda t: t.amax(-1).sin(),             lambda m: 1.),
-    projection_f=(lambda t: t.sin().norm(dim=-1),         lambda m: m**.5),
-    fubini_study=(_fubini_study,                          lambda m: math.pi/2),
-    overlap     =(lambda t: t.cos().square().mean(-1),    lambda m: 1.))
-METRICS = tuple(_METRICS) # names of the seven, as the paper has them
+_METRICS = dict(  # name: a function of the angles, and its largest value for m of them
+    geodesic=(lambda t: t.norm(dim=-1), lambda m: math.pi/2*m**.5),
+    chordal_2=(lambda t: 2*(t.amax(-1)/2).sin(), lambda m: 2**.5),
+    chordal_f=(lambda t: 2*(t/2).sin().norm(dim=-1), lambda m: (2*m)**.5),
+    projection_2=(lambda t: t.amax(-1).sin(), lambda m: 1.),
+    projection_f=(lambda t: t.sin().norm(dim=-1), lambda m: m**.5),
+    fubini_study=(_fubini_study, lambda m: math.pi/2),
+    overlap=(lambda t: t.cos().square().mean(-1), lambda m: 1.))
+METRICS = tuple(_METRICS)  # names of the seven, as the paper has them
 
+# %% ../nbs/30_grassmann.ipynb #f3e73c3b
 def _metric(name):
-    if name not in _METRICS: raise ValueError(f"metric must be one of {', '.join(METRICS)}, or 'iou' between masks, got {name!r}")
-    return _METRICS[name]
+    if name in _METRICS: return _METRICS[name]
+    raise ValueError(f"metric must be one of {', '.join(METRICS)}, or 'iou' between masks, got {name!r}")
 
 def metric_from_angles(
-    theta:Tensor, # (..., m) principal angles in radians
-    metric:str='geodesic', # one of METRICS
-    normalize:bool=False, # divide by the largest value that m angles can give
-)->Tensor: # (...), same dtype; computed in float64
+    theta: Tensor,  # (..., m) principal angles in radians
+    metric: str = 'geodesic',  # one of METRICS
+    normalize: bool = False,  # divide by the largest value that m angles can give
+) -> Tensor:  # (...), same dtype; computed in float64
     "A Grassmannian metric as a function of principal angles (Edelman, Arias and Smith 1998)"
-    f,largest = _metric(metric)
-    d = f(theta.double())/(largest(theta.shape[-1]) if normalize else 1.)
+    distance, largest = _metric(metric)
+    d = distance(theta.double())
+    if normalize: d = d/largest(theta.shape[-1])
     return d.to(theta.dtype)
 
 # %% ../nbs/30_grassmann.ipynb #cc653955
 def grassmann_distance(
-    U:Tensor, # (n, k) orthonormal columns spanning the first subspace, or a Mask or boolean (n,) of k coordinates
-    V:Tensor, # (n, l) orthonormal columns or a mask, the second; bases have the same dtype and device
-    metric:str='geodesic', # one of METRICS; between masks also 'iou'
-    normalize:bool=False, # divide by the largest value, so that distances and similarities lie in [0, 1]
-)->Tensor: # scalar: a distance in its range, or for overlap and iou a similarity in [0, 1]
+    U: Tensor,  # (n, k) orthonormal columns spanning the first subspace, or a Mask or boolean (n,) of k coordinates
+    V: Tensor,  # (n, l) orthonormal columns or a mask, the second; bases have the same dtype and device
+    metric: str = 'geodesic',  # one of METRICS; between masks also 'iou'
+    normalize: bool = False,  # divide by the largest value, so that distances and similarities lie in [0, 1]
+) -> Tensor:  # scalar: a distance in its range, or for overlap and iou a similarity in [0, 1]
     "Distance or similarity of two subspaces by one of the Grassmannian metrics (Fernandez et al. 2025)"
     return _distance(*_spaces(U, V), metric, normalize)
 
 def _distance(U, V, metric, normalize):
-    if metric=='iou': return _iou(U, V)
-    if _metric(metric) and metric=='overlap': return _overlap(U, V)
+    if metric == 'iou': return _iou(U, V)
+    if metric == 'overlap': return _overlap(U, V)
+    _metric(metric)  # refuses what is none before angles are computed
     return metric_from_angles(_angles(U, V), metric, normalize)
 
 # %% ../nbs/30_grassmann.ipynb #56ca2c9f
 def _iou(U, V):
-    if not (_is_mask(U) and _is_mask(V)): raise ValueError('iou compares two masks; between other subspaces take the overlap')
-    return (U&V).sum().double()/(U|V).sum()
+    if not (_is_mask(U) and _is_mask(V)):
+        raise ValueError('iou compares two masks; between other subspaces take the overlap')
+    return (U & V).sum().double()/(U | V).sum()
 
 def mask_iou(
-    a:Tensor, # Mask, or boolean (n,)
-    b:Tensor, # Mask, or boolean (n,)
-)->Tensor: # scalar in [0, 1], float64
+    a: Tensor,  # Mask, or boolean (n,)
+    b: Tensor,  # Mask, or boolean (n,)
+) -> Tensor:  # scalar in [0, 1], float64
     "Intersection over union |a ∩ b| / |a ∪ b| of two masks (Jaccard)"
     return _iou(*_spaces(a, b))
 
 # %% ../nbs/30_grassmann.ipynb #29c812e8
 def distance_matrix(
-    spaces:Iterable, # P subspaces of one space: (n, k) orthonormal columns, Masks or boolean (n,)
-    metric:str='overlap', # one of METRICS; between masks also 'iou'
-    normalize:bool=False, # divide by the largest value
-)->Tensor: # (P, P) float64, symmetric, on the CPU
+    spaces: Iterable,  # P subspaces of one space: (n, k) orthonormal columns, Masks or boolean (n,)
+    metric: str = 'overlap',  # one of METRICS; between masks also 'iou'
+    normalize: bool = False,  # divide by the largest value
+) -> Tensor:  # (P, P) float64, symmetric, on the CPU
     "`grassmann_distance` between all pairs, such as the eigenspaces at several training steps"
-    S = [_space(s, f'space {i}') for i,s in enumerate(spaces)]
-    if metric!='iou': _metric(metric)
-    out = torch.empty(len(S), len(S), dtype=torch.float64)
-    for i in range(len(S)):
-        for j in range(i+1): out[i,j] = out[j,i] = _distance(*_pair(S[i], S[j]), metric, normalize).item()
+    checked = [_space(S, f'space {i}') for i, S in enumerate(spaces)]
+    if metric != 'iou': _metric(metric)
+    out = torch.empty(len(checked), len(checked), dtype=torch.float64)
+    for i, U in enumerate(checked):
+        for j, V in enumerate(checked[:i+1]):
+            out[i, j] = out[j, i] = _distance(*_pair(U, V), metric, normalize).item()
     return out
 
 # %% ../nbs/30_grassmann.ipynb #8fd6106a
 def chance_overlap(
-    n:int, # dimension of the space, at least k
-    k:int, # dimension of either subspace, at least 1; an array of them gives an array
-    l:int|None=None, # dimension of the other, if it differs
-): # float in (0, 1], or an array of them
+    n: int,  # dimension of the space, at least k
+    k: int,  # dimension of either subspace, at least 1; an array of them gives an array
+    l: int | None = None,  # dimension of the other, if it differs
+):  # float in (0, 1], or an array of them
     "Expected overlap with a uniformly random subspace, max(k, l)/n"
-    k,l = np.asarray(k), np.asarray(k if l is None else l)
-    if (np.minimum(k, l)<1).any() or (np.maximum(k, l)>n).any(): raise ValueError(f'1 ≤ k ≤ n must hold, got k = {np.unique(np.append(k, l)).tolist()}, n = {n}')
+    k, l = np.asarray(k), np.asarray(k if l is None else l)
+    if (np.minimum(k, l) < 1).any() or (np.maximum(k, l) > n).any():
+        raise ValueError(f'1 ≤ k ≤ n must hold, got k = {np.unique(np.append(k, l)).tolist()}, n = {n}')
     out = np.maximum(k, l)/n
     return out if out.ndim else out.item()
 
 # %% ../nbs/30_grassmann.ipynb #1205c093
 def _gram_root(rng, rows, cols):
     "(rows, cols) normal numbers; for rows ≥ cols a triangle with the same Gram matrix in distribution (Bartlett 1933)"
-    if rows<cols: return rng.standard_normal((rows, cols))
+    if rows < cols: return rng.standard_normal((rows, cols))
     R = np.triu(rng.standard_normal((cols, cols)), 1)
     R[np.diag_indices(cols)] = np.sqrt(rng.chisquare(rows-np.arange(cols)))
     return R
 
 def random_angles(
-    n:int, # dimension of the space
-    k:int, # dimension of one subspace, 1 ≤ k ≤ n
-    l:int|None=None, # dimension of the other, if it differs
+    n: int,  # dimension of the space
+    k: int,  # dimension of one subspace, 1 ≤ k ≤ n
+    l: int | None = None,  # dimension of the other, if it differs
     *,
-    samples:int, # number of pairs, at least 1
-    seed:int, # with the number of the sample it determines the draw
-)->Tensor: # (samples, min(k, l)) float64 radians, smallest first
+    samples: int,  # number of pairs, at least 1
+    seed: int,  # with the number of the sample it determines the draw
+) -> Tensor:  # (samples, min(k, l)) float64 radians, smallest first
     "Principal angles of uniformly random subspaces, in O(l³) whatever n is"
-    chance_overlap(n, k, l) # refuses what is no dimension
-    k,l = max(k, l or k),min(k, l or k)
+    chance_overlap(n, k, l)  # refuses what is no dimension
+    k, l = max(k, l or k), min(k, l or k)
     out = torch.empty(samples, l, dtype=torch.float64)
     for i in range(samples):
-        rng = np.random.Generator(np.random.Philox(key=[seed,i]))
-        top,rest = (torch.from_numpy(_gram_root(rng, rows, l)) for rows in (k,n-k))
+        rng = np.random.Generator(np.random.Philox(key=[seed, i]))
+        top, rest = (torch.from_numpy(_gram_root(rng, rows, l)) for rows in (k, n-k))
         Q = torch.linalg.qr(torch.cat([top, rest])).Q
-        cos,sin = torch.linalg.svdvals(Q[:len(top)]).clamp(max=1),_svdvals([Q[len(top):]], l).flip(0).clamp(max=1)
-        out[i] = torch.where(cos**2<.5, cos.arccos(), sin.arcsin())
+        cos = torch.linalg.svdvals(Q[:len(top)]).clamp(max=1)
+        sin = _svdvals([Q[len(top):]], l).flip(0).clamp(max=1)
+        out[i] = _accurate_angles(cos, sin)
     return out
 
 # %% ../nbs/30_grassmann.ipynb #62c09372
 class Chance(NamedTuple):
     "A metric under chance"
-    mean:float # expected value
-    std:float # standard deviation of a single pair
-    error:float # standard error of the mean; 0 where it is exact
-
-def chance_distance(
-    n:int, # dimension of the space, at least 2
-    k:int, # dimension of one subspace, 1 ≤ k ≤ n
-    l:int|None=None, # dimension of the other, if it differs
-    *,
-    metric:str='geodesic', # one of METRICS; with masks also 'iou'
-    normalize:bool=False, # divide by the largest value
-    masks:bool=False, # both are random masks; else at least one is a uniformly random subspace
-    samples:int=100, # pairs to draw where there is no formula, at least 2
-    seed:int|None=None, # of the draws; needed where there is no formula
-)->Chance: # mean, standard deviation and standard error of the mean
-    "What a metric is by chance: exact for the overlap and for masks, sampled for the other metrics of subspaces"
-    chance_overlap(n, k, l)
-    l = k if l is None else l
-    if masks: return _chance_masks(n, k, l, metric, normalize)
-    if metric=='overlap':
-        var = 2*k*l*(n-k)*(n-l)/(n**2*(n-1)*(n+2)) if n>1 else 0.
-        return Chance(chance_overlap(n, k, l), var**.5/min(k, l), 0.)
-    _metric(metric)
-    if seed is None or samples<2: raise ValueError(f'the chance level of {metric} is sampled: give a seed and at least 2 samples')
-    d = metric_from_angles(random_angles(n, k, l, samples=samples, seed=seed), metric, normalize)
-    return Chance(d.mean().item(), d.std().item(), d.std().item()/samples**.5)
+    mean: float  # expected value
+    std: float  # standard deviation of a single pair
+    error: float  # standard error of the mean; 0 where it is exact
 
 def _chance_masks(n, k, l, metric, normalize):
-    h = np.arange(max(0, k+l-n), min(k, l)+1)
-    p,m = hypergeom(n, k, l).pmf(h),min(k, l)
-    if metric=='iou': v = h/(k+l-h)
-    elif _metric(metric) and metric=='overlap': v = h/m
-    else: # m - h right angles, the others zero
-        size = _metric(metric)[1](m)
-        v = (size*np.sqrt((m-h)/m) if metric in ('geodesic','chordal_f','projection_f') else size*(h<m))/(size if normalize else 1.)
-    mean = (p*v).sum()/p.sum()
-    return Chance(float(mean), float(np.sqrt((p*(v-mean)**2).sum()/p.sum())), 0.)
+    "Exactly, from the distribution of the number of common coordinates"
+    common, m = np.arange(max(0, k+l-n), min(k, l)+1), min(k, l)
+    p = hypergeom(n, k, l).pmf(common)
+    if metric == 'iou': values = common/(k+l-common)
+    elif metric == 'overlap': values = common/m
+    else:  # of m angles the common ones are zero, the others right
+        largest = _metric(metric)[1](m)
+        is_norm = metric in ('geodesic', 'chordal_f', 'projection_f')
+        values = np.sqrt((m-common)/m) if is_norm else common < m
+        if not normalize: values = largest*values
+    mean = (p*values).sum()/p.sum()
+    variance = (p*(values-mean)**2).sum()/p.sum()
+    return Chance(float(mean), float(np.sqrt(variance)), 0.)
+
+# %% ../nbs/30_grassmann.ipynb #93370cff
+def chance_distance(
+    n: int,  # dimension of the space, at least 2
+    k: int,  # dimension of one subspace, 1 ≤ k ≤ n
+    l: int | None = None,  # dimension of the other, if it differs
+    *,
+    metric: str = 'geodesic',  # one of METRICS; with masks also 'iou'
+    normalize: bool = False,  # divide by the largest value
+    masks: bool = False,  # both are random masks; else at least one is a uniformly random subspace
+    samples: int = 100,  # pairs to draw where there is no formula, at least 2
+    seed: int | None = None,  # of the draws; needed where there is no formula
+) -> Chance:  # mean, standard deviation and standard error of the mean
+    "What a metric is by chance: exact for the overlap and for masks, sampled for the other metrics of subspaces"
+    expected = chance_overlap(n, k, l)
+    l = k if l is None else l
+    if masks: return _chance_masks(n, k, l, metric, normalize)
+    if metric == 'overlap':
+        variance = 2*k*l*(n-k)*(n-l)/(n**2*(n-1)*(n+2)) if n > 1 else 0.
+        return Chance(expected, variance**.5/min(k, l), 0.)
+    _metric(metric)
+    if seed is None or samples < 2:
+        raise ValueError(f'the chance level of {metric} is sampled: give a seed and at least 2 samples')
+    d = metric_from_angles(random_angles(n, k, l, samples=samples, seed=seed), metric, normalize)
+    return Chance(d.mean().item(), d.std().item(), d.std().item()/samples**.5)

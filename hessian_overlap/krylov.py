@@ -4,254 +4,322 @@
 
 # %% ../nbs/21_krylov.ipynb #c252785c
 from __future__ import annotations
-import os, time, warnings, math, numpy as np, torch
+
+import math
+import os
+import time
+import warnings
 from pathlib import Path
+
+import numpy as np
+import torch
+from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
-from fastcore.basics import patch
-from .linop import LinearOperator, aslinearoperator
-from .synthmat import column_noise
+
 from .basis import Basis
-from .sketch import EighResult, _check_problem
+from .sketch import EighResult, check_problem
+from .synthmat import column_noise
 
 # %% auto #0
-__all__ = ['BlockLanczos', 'eigsh']
+__all__ = ['BlockLanczos', 'write_state', 'resume_state', 'eigsh']
 
 # %% ../nbs/21_krylov.ipynb #49dbf9f8
 class BlockLanczos:
-    "Orthonormal basis Q of a block Krylov space of A with T = QᵀAQ, grown by one block a step (Golub and Underwood 1977)"
+    "Orthonormal basis Q of a block Krylov space of A with T = QᵀAQ, grown by a block a step (Golub and Underwood 1977)"
     def __init__(self,
-        A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
-        block_size:int, # columns per block, 1 ≤ block_size ≤ n
+        A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
+        block_size: int,  # columns per block, 1 ≤ block_size ≤ n
         *,
-        seed:int, # of the random signs that the first block is made from
-        start:Tensor|None=None, # (n, j) vectors whose span the first block is drawn from; None: no knowledge
-        basis_dtype:torch.dtype|None=None, # of the stored basis, e.g. torch.bfloat16; None: that of A
-        basis_place=None, # where the basis lies: a device, or a folder for memory-mapped files; None: the device of A
-        first:int|None=None, # columns in the first segment of the basis; None: eight blocks
+        seed: int,  # of the random signs that the first block is made from
+        start: Tensor | None = None,  # (n, j) vectors whose span the first block is drawn from; None: no knowledge
+        basis_dtype: torch.dtype | None = None,  # of the stored basis, e.g. torch.bfloat16; None: that of A
+        basis_place=None,  # where the basis lies: a device, or a folder for memory-mapped files; None: the device of A
+        first: int | None = None,  # columns in the first segment of the basis; None: eight blocks
     ):
-        self.source,(self.A,self.n) = A,_check_problem(A, 1)
-        if not 1<=block_size<=self.n: raise ValueError(f'block_size must be between 1 and n = {self.n}, got {block_size}')
-        self.block_size,self.seed,self.matvecs,self.steps,self.drawn,self.restarts = block_size,seed,0,0,0,0
-        self.noise = self.scale = self.rms = 0. # largest asymmetry of T, largest norm of an image so far, and that of a random direction's
+        self.source = A
+        self.A, self.n = check_problem(A, 1)
+        if not 1 <= block_size <= self.n:
+            raise ValueError(f'block_size must be between 1 and n = {self.n}, got {block_size}')
+        self.block_size = block_size
+        self.seed = seed
         first = min(self.n, first or 8*block_size)
-        self.basis = Basis(self.n, self.A.dtype, self.A.device, store_dtype=basis_dtype, place=basis_place, first=first, more=max(block_size, first//8))
-        self._T = torch.zeros(0, 0, dtype=torch.float64)
-        self._slack = torch.zeros(0, dtype=torch.float64) # norm of what storing in fewer bits left out of each column of A Q
-        self.fresh = True # the newest block has directions that no product has suggested
-        self.B = torch.zeros(0, 0, dtype=torch.float64)
+        self.basis = Basis(self.n, self.A.dtype, self.A.device, store_dtype=basis_dtype, place=basis_place,
+                           first=first, more=max(block_size, first//8))
+        self._start_counting()
         Z = self._first_block(start)
         self._append(self._orthonormal(Z))
-        self._probes = self.basis.dot(Z) if start is None else None # (block_size, block_size): the random signs in the basis
+        self._probes = self.basis.dot(Z) if start is None else None  # the random signs in the basis, a (b, b) matrix
     @property
-    def size(self): return self.basis.size # columns, the newest block among them
+    def size(self): return self.basis.size  # columns, the newest block among them
     @property
-    def exhausted(self): return self.newest==0 # the basis spans an invariant subspace: all of the space
+    def exhausted(self): return self.newest == 0  # the basis spans an invariant subspace: all of the space
     @property
-    def Q(self): return self.basis.Q # (n, size) orthonormal columns, the newest block last; a copy
-    def __repr__(self): return f'BlockLanczos(n = {self.n}, {self.size} basis vectors in {self.steps} steps of {self.block_size}, {self.matvecs} matvecs)'
+    def Q(self): return self.basis.Q  # (n, size) orthonormal columns, the newest block last; a copy
+    def __repr__(self):
+        grown = f'{self.size} basis vectors in {self.steps} steps of {self.block_size}'
+        return f'BlockLanczos(n = {self.n}, {grown}, {self.matvecs} matvecs)'
+
+# %% ../nbs/21_krylov.ipynb #b3b97d1f
+@patch
+def _start_counting(self: BlockLanczos):
+    "The counts, the projection, and what the products have shown of A so far"
+    self.matvecs = 0
+    self.steps = 0  # block products
+    self.drawn = 0  # columns of noise
+    self.restarts = 0
+    self.noise = 0.  # largest asymmetry of T
+    self.scale = 0.  # largest norm of an image
+    self.rms = 0.  # norm of the image of a random direction
+    self.fresh = True  # the newest block has directions that no product has suggested
+    self.B = torch.zeros(0, 0, dtype=torch.float64)  # coupling of the newest block to the one before
+    self._T = torch.zeros(0, 0, dtype=torch.float64)
+    self._slack = torch.zeros(0, dtype=torch.float64)  # norm of what storing in fewer bits took from each column of A Q
 
 # %% ../nbs/21_krylov.ipynb #ca7681c4
 @patch
-def _draw(self:BlockLanczos, m):
+def _draw(self: BlockLanczos, m):
     "The next m columns of noise"
+    columns = range(self.drawn, self.drawn+m)
     self.drawn += m
-    return column_noise(self.n, range(self.drawn-m, self.drawn), seed=self.seed, dtype=self.A.dtype, device=self.A.device)
+    return column_noise(self.n, columns, seed=self.seed, dtype=self.A.dtype, device=self.A.device)
 
 @patch
-def _first_block(self:BlockLanczos, start):
-    "Random signs, or block_size random mixtures of the columns of `start`, filled up with random signs if there are fewer"
+def _first_block(self: BlockLanczos, start):
+    "Random signs, or random mixtures of the columns of `start`, filled up with random signs where they are too few"
     b = self.block_size
     if start is None: return self._draw(b)
-    if start.dim()!=2 or start.shape[0]!=self.n or start.shape[1]<1: raise ValueError(f'start must be ({self.n}, j) with j at least 1, got {tuple(start.shape)}')
+    if start.dim() != 2 or start.shape[0] != self.n or start.shape[1] < 1:
+        raise ValueError(f'start must be ({self.n}, j) with j at least 1, got {tuple(start.shape)}')
     if not torch.isfinite(start).all(): raise ValueError('start has entries that are not finite')
-    U,j = start.to(self.A.device, self.A.dtype), start.shape[1]
-    if j<=b: return torch.cat([U, self._draw(b-j)], 1)
+    U = start.to(self.A.device, self.A.dtype)
+    j = U.shape[1]
+    if j <= b: return torch.cat([U, self._draw(b-j)], 1)
     return U @ column_noise(j, range(b), seed=self.seed, kind='gauss', dtype=self.A.dtype, device=self.A.device)
 
+# %% ../nbs/21_krylov.ipynb #c750f212
 @patch
-def _append(self:BlockLanczos, X):
+def _append(self: BlockLanczos, X):
     "The block X (n, b) becomes the newest part of the basis, as stored; the capacity of T grows by a quarter"
     self.newest = X.shape[1]
     X = self.basis.append(X)
-    if self.size>len(self._T):
-        cap = self.size + max(self.block_size, self.size//4)
-        T = torch.zeros(cap, cap, dtype=torch.float64)
-        T[:len(self._T),:len(self._T)] = self._T
+    if self.size > len(self._T):
+        capacity = self.size + max(self.block_size, self.size//4)
+        T = torch.zeros(capacity, capacity, dtype=torch.float64)
+        T[:len(self._T), :len(self._T)] = self._T
         self._T = T
     return X
 
 # %% ../nbs/21_krylov.ipynb #c2a4ebd9
 @patch
-def _orthonormal(self:BlockLanczos, W, tiny=0.):
-    "Orthonormal columns that span W and are orthogonal to the basis; directions of norm `tiny` or less are replaced by fresh noise"
+def _orthonormal(self: BlockLanczos, W, tiny=0.):
+    "Orthonormal columns that span W, orthogonal to the basis; directions of norm `tiny` or less become fresh noise"
     room = min(W.shape[1], self.n-self.size)
-    X,R = torch.linalg.qr(W)
-    rotation,spread,_ = torch.linalg.svd(R) # QR alone may hide a good direction behind a lost one
-    good = int((spread[:room]>tiny).sum())
-    if good<W.shape[1]: X = X @ rotation[:,:good]
-    self.fresh = self.size==0 or good<room
-    while X.shape[1]<room:
+    X, R = torch.linalg.qr(W)
+    rotation, spread, _ = torch.linalg.svd(R)  # QR alone may hide a good direction behind a lost one
+    good = int((spread[:room] > tiny).sum())
+    if good < W.shape[1]: X = X @ rotation[:, :good]
+    self.fresh = self.size == 0 or good < room
+    while X.shape[1] < room:
         Z = self._draw(room - X.shape[1])
-        for _ in range(2): # against the basis and the good directions, twice
+        for _ in range(2):  # against the basis and the good directions, twice
             Z = self.basis.project_out(Z)[0]
             Z = Z - X @ (X.T @ Z)
-        Z,R = torch.linalg.qr(Z)
-        X = torch.cat([X, Z[:,R.diagonal().abs()>1e-3]], 1) # noise that the basis swallows is drawn again
+        Z, R = torch.linalg.qr(Z)
+        X = torch.cat([X, Z[:, R.diagonal().abs() > 1e-3]], 1)  # noise that the basis swallows is drawn again
     return X
 
 # %% ../nbs/21_krylov.ipynb #2696a49a
 @patch
-def _check_image(self:BlockLanczos, W, C, lo, hi):
+def _check_image(self: BlockLanczos, W, C, lo, hi):
     "Raises if the image W of columns lo..hi is not finite or contradicts symmetry; C is QᵀW"
-    bad,eps = ~torch.isfinite(W).all(0), torch.finfo(self.A.dtype).eps
+    bad = ~torch.isfinite(W).all(0)
     if bad.any():
         j = int(bad.nonzero()[0])
-        raise FloatingPointError(f'A @ V is not finite in column {j} of block {self.steps} (matvec {self.matvecs-(hi-lo)+j+1})')
+        matvec = self.matvecs-(hi-lo)+j+1
+        raise FloatingPointError(f'A @ V is not finite in column {j} of block {self.steps} (matvec {matvec})')
     norms = W.norm(dim=0)
     self.scale = max(self.scale, norms.max().item())
-    if self.steps==1: self.rms = norms.square().mean().sqrt().item()
-    expected = self._T[:lo,lo:hi]
-    off = torch.cat([C[:lo]-expected, (C[lo:]-C[lo:].T)/2]).norm(dim=0).max().item()
+    if self.steps == 1: self.rms = norms.square().mean().sqrt().item()
+    off = torch.cat([C[:lo]-self._T[:lo, lo:hi], (C[lo:]-C[lo:].T)/2]).norm(dim=0).max().item()
     self.noise = max(self.noise, off)
-    stored = torch.finfo(self.basis.store_dtype).eps
-    if off>max(1e-3, 1e3*eps, 8*stored if self.basis.lossy else 0)*self.scale:
-        raise ValueError(f'the operator is not symmetric: <u, Av> and <Au, v> differ by {off/self.scale:.1e} of its norm')
+    tolerance = max(1e-3, 1e3*torch.finfo(self.A.dtype).eps)
+    if self.basis.lossy: tolerance = max(tolerance, 8*torch.finfo(self.basis.store_dtype).eps)
+    if off > tolerance*self.scale:
+        differ = f'<u, Av> and <Au, v> differ by {off/self.scale:.1e} of its norm'
+        raise ValueError(f'the operator is not symmetric: {differ}')
 
+# %% ../nbs/21_krylov.ipynb #fa53fd59
 @patch
-def step(self:BlockLanczos):
+def step(self: BlockLanczos):
     "One block of products: extends T to the newest block, and the basis by the next one"
-    lo,hi = self.size-self.newest, self.size
-    if lo==hi: raise ValueError(f'the basis already spans all {self.n} dimensions')
+    lo, hi = self.size-self.newest, self.size
+    if lo == hi: raise ValueError(f'the basis already spans all {self.n} dimensions')
     W = self.A @ self.basis.columns(lo, hi)
-    self.matvecs,self.steps = self.matvecs+hi-lo, self.steps+1
-    rest,C = self.basis.project_out(W, near=max(0, lo-self.block_size))
+    self.matvecs += hi-lo
+    self.steps += 1
+    rest, C = self.basis.project_out(W, near=max(0, lo-self.block_size))
     self._check_image(W, C, lo, hi)
     C[lo:] = (C[lo:]+C[lo:].T)/2
-    self._T[:hi,lo:hi],self._T[lo:hi,:hi] = C, C.T
+    self._T[:hi, lo:hi] = C
+    self._T[lo:hi, :hi] = C.T
     del W
-    X = self._orthonormal(rest, tiny=10*torch.finfo(self.A.dtype).eps*max(self.scale, torch.finfo(self.A.dtype).tiny))
+    limits = torch.finfo(self.A.dtype)
+    X = self._orthonormal(rest, tiny=10*limits.eps*max(self.scale, limits.tiny))
     B = X.T @ rest
     stored = self._append(X)
     self._slack = torch.cat([self._slack, ((X-stored) @ B).norm(dim=0).double().cpu()])
-    self.B = B.double().cpu() # the coupling; zero rows for fresh columns
-    self._T[hi:self.size,lo:hi],self._T[lo:hi,hi:self.size] = self.B, self.B.T
+    self.B = B.double().cpu()  # the coupling; zero rows for fresh columns
+    self._T[hi:self.size, lo:hi] = self.B
+    self._T[lo:hi, hi:self.size] = self.B.T
     return self
 
 # %% ../nbs/21_krylov.ipynb #6dcd81d1
 @patch
-def ritz(self:BlockLanczos,
-    columns:int|None=None, # as the state was when it had so many columns multiplied; None: now
-)->tuple[Tensor,Tensor,Tensor]: # (m,) values ascending, (m, m) vectors in the basis, (m,) residual norms; float64, CPU
+def ritz(self: BlockLanczos,
+    columns: int | None = None,  # as the state was when it had so many columns multiplied; None: now
+) -> tuple[Tensor, Tensor, Tensor]:  # (m,) values ascending, (m, m) vectors in the basis, (m,) residuals; float64, CPU
     "Ritz values, their vectors' coefficients, and residual norms ‖B f_last‖"
-    m = self.size-self.newest if columns is None else columns
-    if not 1<=m<=self.size-self.newest: raise ValueError(f'columns must be between 1 and {self.size-self.newest}, got {columns}')
-    H,ahead = self._T[:m,:m], self._T[m:self.size if columns is None else m+self.block_size,:m]
+    multiplied = self.size-self.newest
+    m = multiplied if columns is None else columns
+    if not 1 <= m <= multiplied: raise ValueError(f'columns must be between 1 and {multiplied}, got {columns}')
+    H = self._T[:m, :m]
+    coupling = self._T[m:self.size, :m] if columns is None else self._T[m:m+self.block_size, :m]
     if self.basis.lossy:
-        Li = torch.linalg.inv(torch.linalg.cholesky(self.basis.gram[:m,:m]))
-        theta,F = torch.linalg.eigh(Li @ H @ Li.T)
+        Li = torch.linalg.inv(torch.linalg.cholesky(self.basis.gram[:m, :m]))
+        theta, F = torch.linalg.eigh(Li @ H @ Li.T)
         F = Li.T @ F
-    else: theta,F = torch.linalg.eigh(H)
-    return theta, F, (ahead @ F).norm(dim=0)
+    else: theta, F = torch.linalg.eigh(H)
+    return theta, F, (coupling @ F).norm(dim=0)
 
 @patch
-def _unseen(self:BlockLanczos, F):
+def _unseen(self: BlockLanczos, F):
     "What noise in A and the rounding of the stored basis add to the residuals of QF: (columns of F,)"
-    return (self.noise**2*(not self.basis.lossy) + self._slack.square() @ F.square()).sqrt()
+    rounding = self._slack.square() @ F.square()
+    if self.basis.lossy: return rounding.sqrt()  # what looks like noise in A is rounding
+    return (self.noise**2 + rounding).sqrt()
 
+# %% ../nbs/21_krylov.ipynb #2d0f345a
 def _wanted(theta, k, which):
     "Positions of the k wanted among ascending eigenvalues, most wanted first"
     m = len(theta)
-    if which=='LM': return theta.abs().argsort(descending=True, stable=True)[:k]
-    if which=='LA': return torch.arange(m-1, max(m-1-k, -1), -1)
-    if which=='SA': return torch.arange(min(k, m))
+    if which == 'LM': return theta.abs().argsort(descending=True, stable=True)[:k]
+    if which == 'LA': return torch.arange(m-1, max(m-1-k, -1), -1)
+    if which == 'SA': return torch.arange(min(k, m))
     high = torch.arange(m-1, -1, -1)[:k-k//2]
     return torch.cat([high, torch.arange(min(k//2, m))])
 
+def _unwanted(theta, wanted):
+    "Positions of the others, ascending"
+    return torch.isin(torch.arange(len(theta)), wanted, invert=True).nonzero()[:, 0]
+
 # %% ../nbs/21_krylov.ipynb #a1c19e98
 @patch
-def restart(self:BlockLanczos,
-    keep:int, # Ritz vectors kept, 1 ≤ keep ≤ columns multiplied
-    which:str='LM', # which ones, as in eigsh
+def restart(self: BlockLanczos,
+    keep: int,  # Ritz vectors kept, 1 ≤ keep ≤ columns multiplied
+    which: str = 'LM',  # which ones, as in eigsh
 ):
     "The basis shrinks to `keep` Ritz vectors and the newest block (thick restart, Wu and Simon 2000)"
-    m,b = self.size-self.newest, self.newest
-    if not 1<=keep<=m: raise ValueError(f'keep must be between 1 and {m}, got {keep}')
-    theta,F,_ = self.ritz()
-    w = _wanted(theta, keep, which)
-    theta,F = theta[w],F[:,w]
-    coupling = self._T[m:self.size,:m] @ F
+    m, b = self.size-self.newest, self.newest
+    if not 1 <= keep <= m: raise ValueError(f'keep must be between 1 and {m}, got {keep}')
+    theta, F, _ = self.ritz()
+    kept = _wanted(theta, keep, which)
+    theta, F = theta[kept], F[:, kept]
+    coupling = self._T[m:self.size, :m] @ F
     self._slack = (self._slack.square() @ F.square()).sqrt()
-    if self.basis.lossy: self._slack = (self._slack**2 + (theta**2+self.rms**2)*(torch.finfo(self.basis.store_dtype).eps/2)**2).sqrt() # rounded once more
+    if self.basis.lossy:  # rounded once more
+        rounding = torch.finfo(self.basis.store_dtype).eps/2
+        self._slack = (self._slack**2 + (theta**2+self.rms**2)*rounding**2).sqrt()
     self.basis.rotate(torch.block_diag(F, torch.eye(b, dtype=torch.float64)))
     T = torch.zeros_like(self._T)
-    T[:keep,:keep] = theta.diag()
-    if self.basis.lossy: T[:keep,:keep] = (self.basis.gram[:keep,:keep]*theta + theta[:,None]*self.basis.gram[:keep,:keep])/2
-    T[keep:keep+b,:keep],T[:keep,keep:keep+b] = coupling, coupling.T
-    self._T,self.B,self._probes,self.restarts = T,coupling,None,self.restarts+1
+    T[:keep, :keep] = theta.diag()
+    if self.basis.lossy:
+        gram = self.basis.gram[:keep, :keep]
+        T[:keep, :keep] = (gram*theta + theta[:, None]*gram)/2
+    T[keep:keep+b, :keep] = coupling
+    T[:keep, keep:keep+b] = coupling.T
+    self._T = T
+    self.B = coupling
+    self._probes = None
+    self.restarts += 1
     return self
 
 # %% ../nbs/21_krylov.ipynb #b0bdf382
 @patch
-def eigenpairs(self:BlockLanczos,
-    k:int, # how many, between 1 and the number of columns multiplied
-    which:str='LM', # as in eigsh
-)->EighResult: # info['converged'] is None: nobody asked for a tolerance
+def eigenpairs(self: BlockLanczos,
+    k: int,  # how many, between 1 and the number of columns multiplied
+    which: str = 'LM',  # as in eigsh
+) -> EighResult:  # info['converged'] is None: nobody asked for a tolerance
     "The k wanted Ritz pairs as they are now"
-    theta,F,res = self.ritz()
-    if not 1<=k<=len(theta): raise ValueError(f'k must be between 1 and {len(theta)}, the number of columns multiplied so far, got {k}')
+    theta, F, res = self.ritz()
+    if not 1 <= k <= len(theta):
+        raise ValueError(f'k must be between 1 and {len(theta)}, the number of columns multiplied so far, got {k}')
     w = _wanted(theta, k, which)
-    return self._result(theta, F, res, w, None, self.basis.combine(F[:,w]))
+    return self._result(theta, F, res, w, None, self.basis.combine(F[:, w]))
 
 @patch
-def overlap(self:BlockLanczos,
-    mask:Tensor, # k distinct parameter indices, (k,) int64; or a Mask
-    which:str='LM', # the end of the spectrum, as in eigsh
-    k:int|None=None, # dimension of the eigenspace, at most the number of columns multiplied; None: that of the mask
-)->float: # in [0, 1]
-    "Overlap of chosen parameters with the leading Ritz space, ‖Q[mask] F_k‖²_F / min(k, len(mask)) (Fernandez et al. 2025)"
-    theta,F,_ = self.ritz()
-    return self._overlap(_indices(mask, self.n), F[:,_wanted(theta, k or len(_indices(mask, self.n)), which)])
+def overlap(self: BlockLanczos,
+    mask: Tensor,  # k distinct parameter indices, (k,) int64; or a Mask
+    which: str = 'LM',  # the end of the spectrum, as in eigsh
+    k: int | None = None,  # dimension of the eigenspace, at most the columns multiplied; None: that of the mask
+) -> float:  # in [0, 1]
+    "Overlap of parameters with the leading Ritz space, ‖Q[mask] F_k‖²_F / min(k, len(mask)) (Fernandez et al. 2025)"
+    theta, F, _ = self.ritz()
+    idx = _indices(mask, self.n)
+    return self._overlap(idx, F[:, _wanted(theta, k or len(idx), which)])
 
 # %% ../nbs/21_krylov.ipynb #a4b330ba
 @patch
-def _overlap(self:BlockLanczos, idx, F): return (self.basis.rows(idx)[:,:len(F)] @ F).square().sum().item()/min(len(idx), F.shape[1])
+def _overlap(self: BlockLanczos, idx, F):
+    "Overlap of the parameters idx with the span of QF"
+    rows = self.basis.rows(idx)[:, :len(F)] @ F
+    return rows.square().sum().item()/min(len(idx), F.shape[1])
 
 def _indices(mask, n):
     "A mask as indices: a Mask, booleans (n,) or indices"
     idx = mask if isinstance(mask, Tensor) else torch.as_tensor(getattr(mask, 'indices', mask))
-    if idx.dtype==torch.bool and idx.shape==(n,): idx = idx.nonzero()[:,0]
-    if idx.dtype!=torch.int64 or idx.dim()!=1 or not len(idx): raise TypeError(f'mask must be a Mask, {n} booleans or int64 indices, got {idx.dtype} of shape {tuple(idx.shape)}')
-    if idx.min()<0 or idx.max()>=n or len(idx.unique())<len(idx): raise ValueError(f'the indices of a mask must be distinct and between 0 and {n-1}')
+    if idx.dtype == torch.bool and idx.shape == (n,): idx = idx.nonzero()[:, 0]
+    if idx.dtype != torch.int64 or idx.dim() != 1 or not len(idx):
+        got = f'{idx.dtype} of shape {tuple(idx.shape)}'
+        raise TypeError(f'mask must be a Mask, {n} booleans or int64 indices, got {got}')
+    if idx.min() < 0 or idx.max() >= n or len(idx.unique()) < len(idx):
+        raise ValueError(f'the indices of a mask must be distinct and between 0 and {n-1}')
     return idx
 
+# %% ../nbs/21_krylov.ipynb #a197562b
 @patch
-def quadrature(self:BlockLanczos)->tuple[Tensor,Tensor]: # (m,) nodes ascending, (m, block_size) weights, a column a probe; each column adds up to 1
-    "Gauss quadrature of the spectral density: zᵀ f(A) z / n ≈ Σ weights · f(nodes) for each random-sign probe z (Golub and Welsch 1969)"
-    theta,F,_ = self.ritz()
+def quadrature(self: BlockLanczos,
+) -> tuple[Tensor, Tensor]:  # (m,) nodes ascending, (m, block_size) weights, a column a probe; each column adds up to 1
+    "Gauss quadrature, zᵀ f(A) z / n ≈ Σ weights · f(nodes) for each random-sign probe z (Golub and Welsch 1969)"
+    theta, F, _ = self.ritz()
     return theta, self._weights(F).square()/self.n
 
 @patch
-def _weights(self:BlockLanczos, F):
+def _weights(self: BlockLanczos, F):
     "Components of the probes along the columns of QF: (columns of F, block_size)"
-    if self._probes is None: raise ValueError('quadrature needs a state that started from random signs and was never restarted')
+    if self._probes is None:
+        raise ValueError('quadrature needs a state that started from random signs and was never restarted')
     return F[:len(self._probes)].T @ self._probes
 
 # %% ../nbs/21_krylov.ipynb #fee52f66
 @patch
-def _result(self:BlockLanczos, theta, F, res, w, converged, U, **info):
+def _result(self: BlockLanczos, theta, F, res, w, converged, U, **info):
     "The pairs at positions w as an EighResult"
-    rest,which = torch.isin(torch.arange(len(theta)), w, invert=True).nonzero()[:,0], info.get('which', 'LM')
     total = (res.square()+self._unseen(F).square()).sqrt()
-    j = rest[_wanted(theta[rest], 1, which)].tolist() # the first that was not asked for
-    d = dict(method='eigsh', matvecs=self.matvecs, converged=converged, residual_norms=total[w], next_eigval=theta[j].item() if j else None,
-             next_residual=total[j].item() if j else None, noise=self.noise, block_size=self.block_size, passes=self.steps, restarts=self.restarts, seed=self.seed) | info
-    return EighResult(theta[w].to(self.A.dtype).to(self.A.device), U, d)
+    d = dict(method='eigsh', matvecs=self.matvecs, converged=converged, residual_norms=total[w],
+             next_eigval=None, next_residual=None, noise=self.noise, block_size=self.block_size,
+             passes=self.steps, restarts=self.restarts, seed=self.seed)
+    others = _unwanted(theta, w)
+    if len(others):  # the first that was not asked for
+        j = others[_wanted(theta[others], 1, info.get('which', 'LM'))[0]]
+        d |= dict(next_eigval=theta[j].item(), next_residual=total[j].item())
+    return EighResult(theta[w].to(self.A.dtype).to(self.A.device), U, d | info)
 
 # %% ../nbs/21_krylov.ipynb #e9c35006
-_KEPT = ('block_size','seed','matvecs','steps','drawn','restarts','noise','scale','rms','fresh','newest','B','_T','_slack','_probes')
+_KEPT = ('block_size', 'seed', 'matvecs', 'steps', 'drawn', 'restarts', 'noise', 'scale', 'rms', 'fresh', 'newest',
+         'B', '_T', '_slack', '_probes')
 
-def _write(path, **state):
+def write_state(path, **state):
     "A file of tensors and numbers, replaced in one moment"
     path = Path(path)
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
@@ -259,87 +327,144 @@ def _write(path, **state):
     os.replace(part, path)
 
 @patch
-def save(self:BlockLanczos,
-    path:str|Path, # of the file; replaced in one moment
+def save(self: BlockLanczos,
+    path: str | Path,  # of the file; replaced in one moment
 ):
     "Write the state, without the operator"
-    _write(path, kind='BlockLanczos', basis=self.basis.state_dict(), n=self.n, **{name: getattr(self, name) for name in _KEPT})
+    kept = {name: getattr(self, name) for name in _KEPT}
+    write_state(path, kind='BlockLanczos', basis=self.basis.state_dict(), n=self.n, **kept)
 
+# %% ../nbs/21_krylov.ipynb #8ad1cbf3
 @patch(cls_method=True)
-def load(cls:BlockLanczos,
-    path:str|Path, # of a file that save wrote
-    A, # (n, n) the operator that the state was grown with
+def load(cls: BlockLanczos,
+    path: str | Path,  # of a file that save wrote
+    A,  # (n, n) the operator that the state was grown with
     *,
-    basis_place=None, # where the basis is to lie; None: the device of A
-)->BlockLanczos:
+    basis_place=None,  # where the basis is to lie; None: the device of A
+) -> BlockLanczos:
     "Read a state, to go on with the same operator; another one is found out by the next step, as not symmetric"
     d = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    if d.get('kind')!='BlockLanczos': raise ValueError(f'{Path(path).name} holds no BlockLanczos state')
+    if d.get('kind') != 'BlockLanczos': raise ValueError(f'{Path(path).name} holds no BlockLanczos state')
     self = cls.__new__(cls)
-    self.source,(self.A,self.n) = A,_check_problem(A, 1)
+    self.source = A
+    self.A, self.n = check_problem(A, 1)
     b = d['basis']
-    if (b['n'],b['dtype'])!=(self.n,str(self.A.dtype)): raise ValueError(f"the state is of a {b['dtype']} operator of size {b['n']}, A is {self.A.dtype} of size {self.n}")
+    if (b['n'], b['dtype']) != (self.n, str(self.A.dtype)):
+        saved = f"a {b['dtype']} operator of size {b['n']}"
+        raise ValueError(f'the state is of {saved}, A is {self.A.dtype} of size {self.n}')
     store = getattr(torch, b['store_dtype'].removeprefix('torch.'))
-    self.basis = Basis(self.n, self.A.dtype, self.A.device, store_dtype=store, place=basis_place).load_state_dict(b)
+    basis = Basis(self.n, self.A.dtype, self.A.device, store_dtype=store, place=basis_place)
+    self.basis = basis.load_state_dict(b)
     for name in _KEPT: setattr(self, name, d[name])
     return self
 
 # %% ../nbs/21_krylov.ipynb #b9e9fe5c
 def _gaps(theta, res, w, which):
     "Distance of each wanted Ritz value from where the unwanted eigenvalues may be, as far as the next ones tell"
-    rest = torch.isin(torch.arange(len(theta)), w, invert=True).nonzero()[:,0]
+    rest = _unwanted(theta, w)
     if not len(rest): return torch.zeros(len(w), dtype=theta.dtype)
-    if which=='LM':
+    if which == 'LM':
         j = rest[theta[rest].abs().argmax()]
         return theta[w].abs() - theta[j].abs() - res[j]
-    high,low = theta[rest[-1]]+res[rest[-1]], theta[rest[0]]-res[rest[0]]
-    if which=='LA': return theta[w]-high
-    if which=='SA': return low-theta[w]
+    low = theta[rest[0]]-res[rest[0]]
+    high = theta[rest[-1]]+res[rest[-1]]
+    if which == 'LA': return theta[w]-high
+    if which == 'SA': return low-theta[w]
     return torch.maximum(theta[w]-high, low-theta[w])
 
 def _overlap_bound(theta, res, w, which, rows):
-    "Bound on the error of the overlap of `rows` parameters with the space of the wanted pairs, and bounds on the errors of their values"
+    "Bounds on the errors of the overlap of `rows` parameters with the wanted Ritz space, and of the wanted values"
     gap = _gaps(theta, res, w, which)
-    x = torch.where(gap>0, res[w]/gap.clamp(min=1e-300), math.inf).clamp(max=1)
-    room = torch.where(x<1, res[w]**2/gap.clamp(min=1e-300), math.inf)
+    x = torch.where(gap > 0, res[w]/gap.clamp(min=1e-300), math.inf).clamp(max=1)
+    room = torch.where(x < 1, res[w]**2/gap.clamp(min=1e-300), math.inf)
     return x.sum().item()/min(rows, len(w)), room
 
 # %% ../nbs/21_krylov.ipynb #756a6b78
 class _Stopping:
     "Whether the wanted Ritz pairs or the overlap have converged, and how many steps to go before looking again"
     def __init__(self, k, which, tol, eps, tol_overlap=None, idx=None):
-        self.k,self.which,self.tol,self.eps,self.tol_overlap,self.idx = k,which,tol,eps,tol_overlap,idx
-        self.seen,self.history,self.last,self.before,self.at,self.error = [],[],None,None,None,1.
+        self.k = k
+        self.which = which
+        self.tol = tol
+        self.eps = eps
+        self.tol_overlap = tol_overlap
+        self.idx = idx
+        self.at = None  # steps of the state when it was last read
+        self.last = None  # the wanted Ritz values then
+        self.seen = []  # (steps, logarithm of the worst residual over its target)
+        self.history = []  # (matvecs, overlap)
+        self.before = None  # the Ritz values when the overlap was last read, and how far off they may be
+        self.error = 1.  # bound on the error of the overlap
     def __call__(self, state):
-        self.pairs = None # the memory of the last reading is free for this one
-        theta,F,res = state.ritz()
+        "Read the state: what it may stop for, or None"
+        self.pairs = None  # the memory of the last reading is free for this one
+        theta, F, res = state.ritz()
         w = _wanted(theta, self.k, self.which)
-        norm = theta.abs().max()
-        target = torch.maximum(self.tol*theta[w].abs(), 4*self.eps*norm) # never below the rounding of one product
-        if state.basis.lossy: target = torch.maximum(target, state._unseen(F[:,w])) # nor below that of the stored basis
-        self.worst,self.at = (res[w]/target).max().item() if norm>0 else 0., state.steps
-        self.pairs,self.enough = (theta,F,res,w), len(w)==self.k
-        settled = not state.fresh or self.last is not None and len(self.last)==len(w) and bool(((theta[w]-self.last).abs()<=target).all())
-        self.last = theta[w]
-        if self.idx is not None and self.enough: self._read_overlap(state, theta, F, res, w)
-        tols = dict(exhausted=state.exhausted, tol=self.enough and self.worst<=1 and settled,
-                    tol_overlap=self.tol_overlap is not None and not state.fresh and self.error<=self.tol_overlap)
-        self.done = next((name for name,met in tols.items() if met), None)
-        self.wait = self._predict(state) if self.enough and self.worst>1 else 1
-        if self.tol_overlap is not None: self.wait = min(self.wait, max(1, math.ceil(.05*self.k/state.block_size)))
+        self.pairs = theta, F, res, w
+        self.enough = len(w) == self.k
+        self.at = state.steps
+        self._read_residuals(state)
+        if self.idx is not None and self.enough: self._read_overlap(state)
+        self.done = self._reason(state)
+        self.wait = self._steps_to_wait(state)
         return self.done
-    def _read_overlap(self, state, theta, F, res, w):
-        self.history.append((state.matvecs, state._overlap(self.idx, F[:,w])))
-        total = (res.square()+state._unseen(F).square()).sqrt()
-        before,self.before = self.before,(theta[w],*_overlap_bound(theta, total, w, self.which, len(self.idx)))
-        moved = before is None or bool(((theta[w]-before[0]).abs()>before[2]+10*self.eps*theta.abs().max()).any()) # more than the residuals allowed: something was missed
-        self.error = 0. if state.exhausted else 1. if moved else self.before[1]
-    def _predict(self, state):
-        self.seen.append((state.steps, math.log(self.worst)))
-        if len(self.seen)<2: return max(1, state.steps//10)
-        (s0,w0),(s1,w1) = self.seen[-2:]
-        rate = (w0-w1)/max(1, s1-s0)
-        return max(1, min(state.steps//8, math.ceil(.8*w1/rate))) if rate>0 else max(1, state.steps//16)
+
+# %% ../nbs/21_krylov.ipynb #23a0f45e
+@patch
+def _read_residuals(self: _Stopping, state):
+    "The worst residual over its target, and whether the Ritz values may be believed"
+    theta, F, res, w = self.pairs
+    values, norm = theta[w], theta.abs().max()
+    target = torch.maximum(self.tol*values.abs(), 4*self.eps*norm)  # never below the rounding of one product
+    if state.basis.lossy: target = torch.maximum(target, state._unseen(F[:, w]))  # nor below that of the stored basis
+    self.worst = (res[w]/target).max().item() if norm > 0 else 0.
+    if not state.fresh: self.settled = True
+    elif self.last is None or len(self.last) != len(values): self.settled = False
+    else: self.settled = bool(((values-self.last).abs() <= target).all())
+    self.last = values
+
+# %% ../nbs/21_krylov.ipynb #51a17f33
+@patch
+def _read_overlap(self: _Stopping, state):
+    "The overlap and a bound on its error; 1 if a value moved by more than the residuals allowed: something was missed"
+    theta, F, res, w = self.pairs
+    self.history.append((state.matvecs, state._overlap(self.idx, F[:, w])))
+    total = (res.square()+state._unseen(F).square()).sqrt()
+    bound, room = _overlap_bound(theta, total, w, self.which, len(self.idx))
+    moved = True
+    if self.before is not None:
+        values, allowed = self.before
+        moved = bool(((theta[w]-values).abs() > allowed+10*self.eps*theta.abs().max()).any())
+    self.before = theta[w], room
+    if state.exhausted: self.error = 0.
+    elif moved: self.error = 1.
+    else: self.error = bound
+
+# %% ../nbs/21_krylov.ipynb #3513df0b
+@patch
+def _reason(self: _Stopping, state):
+    "The name of what is met, or None"
+    if state.exhausted: return 'exhausted'
+    if self.enough and self.worst <= 1 and self.settled: return 'tol'
+    if self.tol_overlap is not None and not state.fresh and self.error <= self.tol_overlap: return 'tol_overlap'
+    return None
+
+@patch
+def _predict(self: _Stopping, state):
+    "Steps until the worst residual may have reached its target"
+    self.seen.append((state.steps, math.log(self.worst)))
+    if len(self.seen) < 2: return max(1, state.steps//10)
+    (s0, w0), (s1, w1) = self.seen[-2:]
+    rate = (w0-w1)/max(1, s1-s0)
+    if not rate > 0: return max(1, state.steps//16)
+    return max(1, min(state.steps//8, math.ceil(.8*w1/rate)))
+
+@patch
+def _steps_to_wait(self: _Stopping, state):
+    "Steps before the next reading; those of the overlap are not far apart"
+    wait = self._predict(state) if self.enough and self.worst > 1 else 1
+    if self.tol_overlap is None: return wait
+    return min(wait, max(1, math.ceil(.05*self.k/state.block_size)))
 
 # %% ../nbs/21_krylov.ipynb #72d24e60
 def _best_block(k, overhead, slope):
@@ -348,107 +473,138 @@ def _best_block(k, overhead, slope):
 
 def _auto_block(A, k, n, seed):
     "The best block from two timed products, and the matvecs spent on them"
-    narrow,wide = min(8, n), min(40, n)
-    V,seconds = column_noise(n, range(wide), seed=seed, dtype=A.dtype, device=A.device), []
-    for m in (narrow, narrow, wide): # the first is a warm-up
+    narrow, wide = min(8, n), min(40, n)
+    V = column_noise(n, range(wide), seed=seed, dtype=A.dtype, device=A.device)
+    seconds = []
+    for m in (narrow, narrow, wide):  # the first is a warm-up
         begin = time.perf_counter()
-        (A @ V[:,:m]).sum().item() # waits for the device
+        (A @ V[:, :m]).sum().item()  # waits for the device
         seconds.append(time.perf_counter()-begin)
     slope = max((seconds[2]-seconds[1])/max(1, wide-narrow), 1e-3*seconds[2]/wide)
     return min(n, _best_block(k, seconds[1]-slope*narrow, slope)), 2*narrow+wide
 
 # %% ../nbs/21_krylov.ipynb #4f659812
-def _check_eigsh(k, n, which, tol, tol_overlap, mask, block_size, max_matvecs, max_basis):
-    "The arguments, with defaults filled in: block size, limit on products, limit on columns, Ritz vectors to keep"
-    if which not in ('LM','LA','SA','BE'): raise ValueError(f"which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
-    if not 0<=tol<1: raise ValueError(f'tol must be at least 0 and below 1, got {tol}')
-    if tol_overlap is not None and not 0<tol_overlap<1: raise ValueError(f'tol_overlap must be between 0 and 1, got {tol_overlap}')
-    if tol_overlap is not None and mask is None: raise ValueError('tol_overlap needs mask: the parameters whose overlap is to converge')
-    b = min(10, n) if block_size is None else block_size
-    if isinstance(b, str) or not 1<=b<=n: raise ValueError(f"block_size must be 'auto' or between 1 and n = {n}, got {b!r}")
-    restarts = max_basis is not None and max_basis<n
-    if restarts and max_basis<k+6: raise ValueError(f'max_basis = {max_basis} leaves no room beside k = {k} eigenvectors: give at least k + 6 = {k+6}, better 1.5 k')
-    if max_matvecs is None: max_matvecs = 10*k + 40*max(b, 10)
-    if max_matvecs<k: raise ValueError(f'max_matvecs = {max_matvecs} is below k = {k}: {k} eigenpairs need at least as many products')
-    limit = max_matvecs if restarts else min(max_matvecs, n)
-    b = max(c for c in range(1, b+1) if limit//c*c>=k) # whole blocks within the limit must hold k
-    if restarts: b = min(b, (max_basis-k)//6) # four blocks between restarts, or they stagnate
-    return b, limit, max_basis if restarts else n+b, k+(max_basis-k)//3 if restarts else None
+def _check_stop(which, tol, tol_overlap, mask):
+    "Raises where the arguments do not say when to stop"
+    if which not in ('LM', 'LA', 'SA', 'BE'): raise ValueError(f"which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
+    if not 0 <= tol < 1: raise ValueError(f'tol must be at least 0 and below 1, got {tol}')
+    if tol_overlap is None: return
+    if not 0 < tol_overlap < 1: raise ValueError(f'tol_overlap must be between 0 and 1, got {tol_overlap}')
+    if mask is None: raise ValueError('tol_overlap needs mask: the parameters whose overlap is to converge')
 
+def _check_sizes(k, n, block_size, max_matvecs, max_basis):
+    "Block size, limit on products, limit on columns and Ritz vectors to keep, with defaults filled in"
+    b = min(10, n) if block_size is None else block_size
+    if isinstance(b, str) or not 1 <= b <= n:
+        raise ValueError(f"block_size must be 'auto' or between 1 and n = {n}, got {b!r}")
+    restarts = max_basis is not None and max_basis < n
+    if restarts and max_basis < k+6:
+        better = f'give at least k + 6 = {k+6}, better 1.5 k'
+        raise ValueError(f'max_basis = {max_basis} leaves no room beside k = {k} eigenvectors: {better}')
+    if max_matvecs is None: max_matvecs = 10*k + 40*max(b, 10)
+    if max_matvecs < k:
+        raise ValueError(f'max_matvecs = {max_matvecs} is below k = {k}: {k} eigenpairs need at least as many products')
+    limit = max_matvecs if restarts else min(max_matvecs, n)
+    b = max(c for c in range(1, b+1) if limit//c*c >= k)  # whole blocks within the limit must hold k
+    if not restarts: return b, limit, n+b, None
+    b = min(b, (max_basis-k)//6)  # four blocks between restarts, or they stagnate
+    return b, limit, max_basis, k+(max_basis-k)//3
+
+# %% ../nbs/21_krylov.ipynb #4fe6863f
 def _grow(state, stop, k, limit, room, keep, progress):
     "Step until `stop` says done or `limit` products are used; restart where the basis would exceed `room` columns"
     bar = tqdm(total=limit, initial=state.matvecs, desc='eigsh', unit='matvec', leave=False, disable=not progress)
     wait = max(0, math.ceil((k-state.size+state.newest)/state.block_size))
-    while not state.exhausted and state.matvecs+state.newest<=limit:
-        if state.size+state.newest>room:
-            if stop.at!=state.steps and stop(state): break
+    while not state.exhausted and state.matvecs+state.newest <= limit:
+        if state.size+state.newest > room:
+            if stop.at != state.steps and stop(state): break
             state.restart(min(keep, state.size-state.newest), stop.which)
         state.step()
         bar.update(state.matvecs-bar.n)
         wait -= 1
-        if wait<=0 or state.exhausted or state.fresh:
+        if wait <= 0 or state.exhausted or state.fresh:
             if stop(state): break
             bar.set_postfix_str(f'residual {stop.worst:.1e} x tolerance')
             wait = stop.wait
     bar.close()
-    return stop.done if stop.at==state.steps else stop(state)
+    return stop.done if stop.at == state.steps else stop(state)
 
 # %% ../nbs/21_krylov.ipynb #e956ea87
-def _resume(start, A, op, k=1, max_basis=None):
+def resume_state(start, A, op, k=1, max_basis=None):
     "The state to go on with, if `start` is one or holds one of the same operator"
-    if isinstance(start, BlockLanczos):
-        if start.source is not A and start.A is not op: raise ValueError('the state was grown with another operator: load it with this one, or give its eigenvectors as start')
-        state = start
-    else: state = start.info.get('state') if isinstance(start, EighResult) else None
-    if state is None or state.source is not A and state.A is not op: return None
-    if max_basis is not None and (max_basis-k)//6<state.block_size: raise ValueError(f'a state with blocks of {state.block_size} needs max_basis of at least k + {6*state.block_size}, got {max_basis}')
+    if isinstance(start, BlockLanczos): state = start
+    elif isinstance(start, EighResult): state = start.info.get('state')
+    else: state = None
+    if state is None: return None
+    if state.source is not A and state.A is not op:
+        if state is not start: return None
+        raise ValueError('the state was grown with another operator: '
+                         'load it with this one, or give its eigenvectors as start')
+    b = state.block_size
+    if max_basis is not None and (max_basis-k)//6 < b:
+        raise ValueError(f'a state with blocks of {b} needs max_basis of at least k + {6*b}, got {max_basis}')
     return state
-
-def _finish(state, stop, done_with):
-    "Eigenvectors, written over the basis if the state is not needed any more, and what `info` says of it"
-    theta,F,res,w = stop.pairs
-    spare = done_with and not state.basis.lossy and len(state.basis._segments[0])==len(w)
-    more = dict(basis_bytes=state.basis.nbytes, columns=state.size)
-    if not done_with: more['state'] = state
-    if stop.history: more |= dict(overlap=stop.history[-1][1], overlap_error=stop.error, overlap_history=stop.history)
-    return theta, F, res, w, state.basis.rotate(F[:,w]).Q if spare else state.basis.combine(F[:,w]), more
 
 def _captured(start, U):
     "Share of span U that lies in the span of the vectors started from"
-    V = start.eigvecs.to(U.device, U.dtype) if isinstance(start, EighResult) else torch.linalg.qr(start.to(U.device, U.dtype)).Q
+    if isinstance(start, EighResult): V = start.eigvecs.to(U.device, U.dtype)
+    else: V = torch.linalg.qr(start.to(U.device, U.dtype)).Q
     return (V.T @ U).double().square().sum().item()/U.shape[1]
+
+# %% ../nbs/21_krylov.ipynb #ecc23f63
+def _finish(state, stop, done_with):
+    "Eigenvectors, written over the basis if the state is not needed any more, and what `info` says of it"
+    _, F, _, w = stop.pairs
+    more = dict(basis_bytes=state.basis.nbytes, columns=state.size)
+    if not done_with: more['state'] = state
+    if stop.history: more |= dict(overlap=stop.history[-1][1], overlap_error=stop.error, overlap_history=stop.history)
+    spare = done_with and not state.basis.lossy and len(state.basis._segments[0]) == len(w)
+    U = state.basis.rotate(F[:, w]).Q if spare else state.basis.combine(F[:, w])
+    return U, more
+
+def _warn_unconverged(state, stop):
+    "A warning to whoever called eigsh"
+    far = f'residuals are up to {stop.worst:.1e} times the tolerance'
+    warnings.warn(f'eigsh used {state.matvecs} matvecs and has not converged: {far}; go on with start=result, '
+                  'or raise max_matvecs or tol', RuntimeWarning, stacklevel=3)
 
 # %% ../nbs/21_krylov.ipynb #33c1a6dc
 def eigsh(
-    A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
-    k:int, # number of eigenpairs, 1 ≤ k ≤ n
+    A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
+    k: int,  # number of eigenpairs, 1 ≤ k ≤ n
     *,
-    which:str='LM', # 'LM' largest |λ|, 'LA' largest λ, 'SA' smallest λ, 'BE' half from either end
-    tol:float=1e-5, # residual norms at most tol·|λ|, or the rounding of one product if that is more; in [0, 1)
-    tol_overlap:float|None=None, # stop as soon as the overlap with mask is known to this accuracy, in (0, 1)
-    mask=None, # parameters whose overlap is followed: a Mask, (n,) booleans or distinct int64 indices
-    block_size:int|str|None=None, # columns multiplied at once; 'auto' from measured speed. None: 10. Finds that many copies of an eigenvalue at a time
-    max_matvecs:int|None=None, # limit on the products of this call, at least k; blocks are narrowed to fit. None: 10 k + 40 blocks of at least 10
-    max_basis:int|None=None, # limit on stored columns, at least k + 6, better k + 60: below, blocks are narrowed. None: none, so that max_matvecs bounds the memory
-    start=None, # (n, j) vectors, or a result, to start from; or a BlockLanczos or unconverged result of the same A, to go on with
-    basis_dtype:torch.dtype|None=None, # of the stored basis, e.g. torch.bfloat16; None: that of A
-    basis_place=None, # where basis and eigenvectors lie: a device, or a folder for memory-mapped files. None: with A
-    keep_state:bool=False, # keep the basis in info['state'] though converged; it always is where not, or where the state was given
-    seed:int, # of the first block
-    progress:bool=False, # a tqdm bar over products
-)->EighResult: # k eigenpairs, most wanted first; info['converged'] says whether all residuals met the tolerance, or the overlap did
-    "Leading eigenpairs by block Lanczos with full reorthogonalisation and Rayleigh-Ritz; arguments as in scipy.sparse.linalg.eigsh"
-    began,(op,n),spent = time.perf_counter(),_check_problem(A, k),0
-    state = _resume(start, A, op, k, max_basis)
-    if block_size=='auto': block_size,spent = (state.block_size,0) if state else _auto_block(op, k, n, seed)
-    b,limit,room,keep = _check_eigsh(k, n, which, tol, tol_overlap, mask, block_size, max_matvecs, max_basis)
-    idx,resumed = None if mask is None else _indices(mask, n), state.matvecs if state else 0
-    given = None if state or start is None else start.eigvecs if isinstance(start, EighResult) else start
-    if not state: state = BlockLanczos(op, b, seed=seed, start=given, basis_dtype=basis_dtype, basis_place=basis_place, first=k)
-    state.source,state.matvecs = A,state.matvecs+spent
-    stop = _Stopping(k, which, tol, torch.finfo(op.dtype).eps, tol_overlap, idx)
+    which: str = 'LM',  # 'LM' largest |λ|, 'LA' largest λ, 'SA' smallest λ, 'BE' half from either end
+    tol: float = 1e-5,  # residual norms at most tol·|λ|, or the rounding of one product if that is more; in [0, 1)
+    tol_overlap: float | None = None,  # stop as soon as the overlap with mask is known to this accuracy, in (0, 1)
+    mask=None,  # parameters whose overlap is followed: a Mask, (n,) booleans or distinct int64 indices
+    block_size: int | str | None = None,  # columns a product; finds as many equal eigenvalues; 'auto': timed; None: 10
+    max_matvecs: int | None = None,  # limit on this call's products, ≥ k; narrows blocks; None: 10k + 40 max(block, 10)
+    max_basis: int | None = None,  # limit on stored columns, ≥ k + 6; blocks narrow below k + 60; None: as max_matvecs
+    start=None,  # (n, j) vectors or a result to start from; or a BlockLanczos or unconverged result of A, to go on with
+    basis_dtype: torch.dtype | None = None,  # of the stored basis, e.g. torch.bfloat16; None: that of A
+    basis_place=None,  # where basis and eigenvectors lie: a device, or a folder for memory-mapped files. None: with A
+    keep_state: bool = False,  # keep the basis in info['state'] though converged; it is always kept if not, or if given
+    seed: int,  # of the first block
+    progress: bool = False,  # a tqdm bar over products
+) -> EighResult:  # k eigenpairs, most wanted first; info['converged']: all residuals, or the overlap, met the tolerance
+    "Leading eigenpairs by block Lanczos, full reorthogonalisation and Rayleigh-Ritz; arguments as in SciPy's eigsh"
+    began = time.perf_counter()
+    op, n = check_problem(A, k)
+    state = resume_state(start, A, op, k, max_basis)
+    spent, resumed = 0, state.matvecs if state else 0
+    if block_size == 'auto': block_size, spent = (state.block_size, 0) if state else _auto_block(op, k, n, seed)
+    _check_stop(which, tol, tol_overlap, mask)
+    b, limit, room, keep = _check_sizes(k, n, block_size, max_matvecs, max_basis)
+    stop = _Stopping(k, which, tol, torch.finfo(op.dtype).eps, tol_overlap, None if mask is None else _indices(mask, n))
+    vectors = start.eigvecs if isinstance(start, EighResult) else start
+    if state: vectors = None
+    else: state = BlockLanczos(op, b, seed=seed, start=vectors, basis_dtype=basis_dtype, basis_place=basis_place,
+                               first=k)
+    state.source = A
+    state.matvecs += spent
     reason = _grow(state, stop, k, limit+resumed, room, keep, progress)
-    theta,F,res,w,U,more = _finish(state, stop, bool(reason) and not keep_state and not resumed)
-    if not reason: warnings.warn(f'eigsh used {state.matvecs} matvecs and has not converged: residuals are up to {stop.worst:.1e} times the tolerance; go on with start=result, or raise max_matvecs or tol', RuntimeWarning, stacklevel=2)
-    if given is not None: more['start_overlap'] = _captured(start, U)
-    return state._result(theta, F, res, w, bool(reason), U, which=which, tol=tol, stopped_by=reason or 'max_matvecs', resumed=resumed, seconds=time.perf_counter()-began, **more)
+    U, more = _finish(state, stop, bool(reason) and not keep_state and not resumed)
+    if not reason: _warn_unconverged(state, stop)
+    if vectors is not None: more['start_overlap'] = _captured(start, U)
+    return state._result(*stop.pairs, bool(reason), U, which=which, tol=tol, stopped_by=reason or 'max_matvecs',
+                         resumed=resumed, seconds=time.perf_counter()-began, **more)

@@ -4,261 +4,328 @@
 
 # %% ../nbs/03_linearise.ipynb #f8d21d54
 from __future__ import annotations
-from typing import Callable
-import operator, torch
-from torch import Tensor, fx, nn
-from torch.func import functionalize
-from torch._decomp import get_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
+
+import operator
+from collections.abc import Callable
+
+import torch
 from fastcore.basics import patch
+from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 # %% auto #0
-__all__ = ['record', 'linearise']
+__all__ = ['aten', 'op_name', 'Program', 'record', 'linearise']
 
 # %% ../nbs/03_linearise.ipynb #9c9a1dc6
-_aten = torch.ops.aten
-_LINEAR = set('''view _unsafe_view reshape t transpose permute expand squeeze unsqueeze slice select sum mean neg clone alias detach _to_copy flip
- constant_pad_nd slice_backward select_backward gather index embedding embedding_dense_backward avg_pool1d avg_pool2d avg_pool2d_backward avg_pool3d
- _adaptive_avg_pool2d _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward
- threshold_backward unfold repeat roll tril triu diagonal cumsum split split_with_sizes unbind im2col col2im upsample_nearest2d upsample_bilinear2d
- reflection_pad2d replication_pad2d lift_fresh_copy view_copy expand_copy _reshape_alias'''.split())
-_BILINEAR = {'mm':(0,1), 'bmm':(0,1), 'mv':(0,1), 'dot':(0,1), 'mul':(0,1), 'addmm':(1,2), 'baddbmm':(1,2), 'convolution':(0,1)}
-_SPLIT_UP = get_decompositions([_aten.native_batch_norm, _aten._native_batch_norm_legit_no_training, _aten.native_batch_norm_backward, _aten.native_layer_norm,
-    _aten.native_layer_norm_backward, _aten.native_group_norm, _aten.native_group_norm_backward, _aten.mse_loss, _aten.mse_loss_backward, _aten.smooth_l1_loss,
-    _aten.smooth_l1_loss_backward, _aten.huber_loss, _aten.huber_loss_backward, _aten.binary_cross_entropy, _aten.binary_cross_entropy_backward])
+aten = torch.ops.aten
+_LINEAR = set("""
+    view _unsafe_view _reshape_alias reshape t transpose permute expand squeeze unsqueeze view_copy expand_copy
+    slice select slice_backward select_backward gather index split split_with_sizes unbind unfold diagonal tril triu
+    sum mean neg cumsum clone alias detach _to_copy lift_fresh_copy flip roll repeat constant_pad_nd
+    embedding embedding_dense_backward threshold_backward im2col col2im reflection_pad2d replication_pad2d
+    avg_pool1d avg_pool2d avg_pool2d_backward avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool2d_backward
+    max_pool2d_with_indices_backward upsample_nearest2d upsample_bilinear2d
+    nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward
+    """.split())
+_BILINEAR = dict(mm=(0, 1), bmm=(0, 1), mv=(0, 1), dot=(0, 1), mul=(0, 1), convolution=(0, 1),
+                 addmm=(1, 2), baddbmm=(1, 2))
+_SPLIT_UP = get_decompositions([
+    aten.native_batch_norm, aten.native_batch_norm_backward, aten._native_batch_norm_legit_no_training,
+    aten.native_layer_norm, aten.native_layer_norm_backward, aten.native_group_norm, aten.native_group_norm_backward,
+    aten.mse_loss, aten.mse_loss_backward, aten.smooth_l1_loss, aten.smooth_l1_loss_backward,
+    aten.huber_loss, aten.huber_loss_backward, aten.binary_cross_entropy, aten.binary_cross_entropy_backward])
 
-def _name(op): return op._schema.name.removeprefix('aten::')
+def op_name(op): return op._schema.name.removeprefix('aten::')
 def _differentiable(x): return isinstance(x, Tensor) and x.is_floating_point()
 
 # %% ../nbs/03_linearise.ipynb #f055516b
-_ADDED = {_aten.mm.default:_aten.addmm.default, _aten.bmm.default:_aten.baddbmm.default, _aten.mul.Tensor:_aten.addcmul.default}
-
 class _Finished:
-    "A program that runs: its graph, its code, and its constants as attributes. A GraphModule would keep itself and its source alive"
+    "A program that runs: its graph, its code, and its constants as attributes"
+    # a GraphModule would keep itself and its source alive
     def __init__(self, attrs, graph):
         made = graph.python_code('self')
         self.__dict__.update(attrs)
-        self.graph,self.code,scope = graph,made.src,dict(made.globals)
+        self.graph, self.code = graph, made.src
+        scope = dict(made.globals)
         exec(self.code, scope)
         self.run = scope['forward']
     def __call__(self, v): return self.run(self, v)
 
 # %% ../nbs/03_linearise.ipynb #aa2597d5
-class _Program:
+class Program:
     "A torch.fx graph under construction, with tensors as constants"
     def __init__(self):
-        self.graph,self.attrs,self.ids = fx.Graph(),{},{}
+        self.graph, self.attrs, self.ids = fx.Graph(), {}, {}
         self.input = self.graph.placeholder('v')
     def put(self, x):
         "An argument with its constants as nodes"
-        if isinstance(x, (tuple,list)): return (list if isinstance(x, list) else tuple)(self.put(o) for o in x)
-        if not isinstance(x, (Tensor,nn.Module)): return x
-        if id(x) not in self.ids:
-            self.ids[id(x)] = f'c{len(self.ids)}'
-            self.attrs[self.ids[id(x)]] = x
-        return self.graph.get_attr(self.ids[id(x)]) if isinstance(x, Tensor) else self.ids[id(x)]
-    def call(self, op, *args, **kwargs): return self.graph.call_function(op, self.put(args), {k:self.put(a) for k,a in kwargs.items()})
-    def add(self, *terms):
-        "The sum of the terms that are not zero; None for zero. A product is added as it is formed"
-        terms = [t for t in terms if t is not None]
-        if len(terms)<2: return terms[0] if terms else None
-        a,b = self.add(*terms[:-1]),terms[-1]
-        for x,y in ((a,b),(b,a)):
-            if y.target in _ADDED and not y.users and all(isinstance(z, fx.Node) for z in y.args): return self.call(_ADDED[y.target], x, *y.args)
-        return self.call(_aten.add.Tensor, a, b)
-    def finish(self, out):
-        "The program, without steps and constants that nothing uses, and the bytes of its constants"
-        self.graph.output(out)
-        for n in reversed(self.graph.nodes):
-            if n.op not in ('output','placeholder') and not n.users: self.graph.erase_node(n)
-        attrs = {n.target:self.attrs[n.target] for n in self.graph.nodes if n.op in ('get_attr','call_module')}
-        held = {t.untyped_storage().data_ptr():t.untyped_storage().nbytes() for t in attrs.values() if isinstance(t, Tensor)}
-        return _Finished(attrs, self.graph),sum(held.values())
+        if isinstance(x, list): return [self.put(o) for o in x]
+        if isinstance(x, tuple): return tuple(self.put(o) for o in x)
+        if not isinstance(x, (Tensor, nn.Module)): return x
+        name = self.ids.setdefault(id(x), f'c{len(self.ids)}')
+        self.attrs[name] = x
+        return self.graph.get_attr(name) if isinstance(x, Tensor) else name
+    def call(self, op, *args, **kwargs):
+        "The node of one operation"
+        return self.graph.call_function(op, self.put(args), {k: self.put(a) for k, a in kwargs.items()})
+
+# %% ../nbs/03_linearise.ipynb #e039888a
+_ADDED = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default,
+          aten.mul.Tensor: aten.addcmul.default}
+
+@patch
+def add(self: Program, *terms):
+    "The sum of the terms that are not zero; None for zero. A product is added as it is formed"
+    terms = [t for t in terms if t is not None]
+    if len(terms) < 2: return terms[0] if terms else None
+    a, b = self.add(*terms[:-1]), terms[-1]
+    for x, y in ((a, b), (b, a)):
+        product = y.target in _ADDED and all(isinstance(z, fx.Node) for z in y.args)
+        if product and not y.users: return self.call(_ADDED[y.target], x, *y.args)
+    return self.call(aten.add.Tensor, a, b)
+
+# %% ../nbs/03_linearise.ipynb #021e301a
+@patch
+def finish(self: Program, out):
+    "The program, without steps and constants that nothing uses, and the bytes of its constants"
+    self.graph.output(out)
+    for node in reversed(self.graph.nodes):
+        if node.op not in ('output', 'placeholder') and not node.users: self.graph.erase_node(node)
+    used = [node.target for node in self.graph.nodes if node.op in ('get_attr', 'call_module')]
+    attrs = {name: self.attrs[name] for name in used}
+    storages = [t.untyped_storage() for t in attrs.values() if isinstance(t, Tensor)]
+    held = {s.data_ptr(): s.nbytes() for s in storages}
+    return _Finished(attrs, self.graph), sum(held.values())
 
 # %% ../nbs/03_linearise.ipynb #2bc04d64
-_KEPT = {'view':_aten.reshape.default, '_unsafe_view':_aten.reshape.default, '_reshape_alias':None}
+_KEPT = {'view': aten.reshape.default, '_unsafe_view': aten.reshape.default, '_reshape_alias': None}
 
 def _linear(p, op, args, kwargs, dots, y):
     "Rule 1"
     if dots[0] is None: return None
-    name = _name(op)
-    if name in ('detach','alias') or name in _KEPT and args[0].shape==y.shape: return dots[0]
-    if name=='t' and dots[0].target is op: return dots[0].args[0]
-    if name=='_reshape_alias': return p.call(_aten.reshape.default, dots[0], args[1])
+    name = op_name(op)
+    if name in ('detach', 'alias') or name in _KEPT and args[0].shape == y.shape: return dots[0]
+    if name == 't' and dots[0].target is op: return dots[0].args[0]
+    if name == '_reshape_alias': return p.call(aten.reshape.default, dots[0], args[1])
     dot = p.call(_KEPT.get(name, op), dots[0], *args[1:], **kwargs)
-    if name=='embedding' and len(args)>2 and args[2]>=0: # the row of the padding has no gradient
-        return p.call(_aten.mul.Tensor, dot, (args[1]!=args[2])[...,None].to(y.dtype))
+    if name == 'embedding' and len(args) > 2 and args[2] >= 0:  # the row of the padding has no gradient
+        return p.call(aten.mul.Tensor, dot, (args[1] != args[2])[..., None].to(y.dtype))
     if isinstance(y, Tensor): return dot
-    return [p.call(operator.getitem, dot, i) if _differentiable(v) else None for i,v in enumerate(y)]
+    return [p.call(operator.getitem, dot, i) if _differentiable(v) else None for i, v in enumerate(y)]
 
-def _expanded(p, dot, y, shape):
-    "A term that broadcasting would have expanded"
-    return dot if dot is None or tuple(shape)==tuple(y.shape) else p.call(_aten.expand.default, dot, list(y.shape))
+# %% ../nbs/03_linearise.ipynb #0b202d0a
+def _bias(p, name, dots, beta, y):
+    "The derivative of what is added to a product"
+    extra = None
+    if name in ('addmm', 'baddbmm'): extra = dots[0]
+    elif name == 'convolution' and len(dots) > 2: extra = dots[2]
+    if extra is None: return None
+    if beta != 1: extra = p.call(aten.mul.Scalar, extra, beta)
+    if name == 'convolution': extra = p.call(aten.reshape.default, extra, [-1] + [1]*(y.dim()-2))
+    return extra
 
 def _bilinear(p, op, args, kwargs, dots, y):
     "Rule 2, with what is added to the product"
-    i,j = _BILINEAR[_name(op)]
-    name,a = _name(op),list(args)
-    alpha,beta = kwargs.get('alpha', 1),kwargs.get('beta', 1)
-    plain = {'addmm':_aten.mm.default, 'baddbmm':_aten.bmm.default}.get(name, op)
-    rest = [None]+a[3:] if name=='convolution' else []
-    one = lambda x,y_: p.call(plain, x, y_, *rest)
-    if name=='mul' and not isinstance(args[1], Tensor): return p.call(op, dots[0], args[1])
-    terms = [None if dots[i] is None else one(dots[i], a[j]), None if dots[j] is None else one(a[i], dots[j])]
-    if alpha!=1: terms = [t and p.call(_aten.mul.Scalar, t, alpha) for t in terms]
-    extra = dots[0] if name in ('addmm','baddbmm') else dots[2] if name=='convolution' and len(dots)>2 else None
-    if extra is not None and beta!=1: extra = p.call(_aten.mul.Scalar, extra, beta)
-    if extra is not None and name=='convolution': extra = p.call(_aten.reshape.default, extra, [-1] + [1]*(y.dim()-2))
-    if extra is not None and not any(terms): return p.call(_aten.expand.default, extra, list(y.shape))
-    return p.add(extra, *terms)
+    name = op_name(op)
+    if name == 'mul' and not isinstance(args[1], Tensor): return p.call(op, dots[0], args[1])
+    i, j = _BILINEAR[name]
+    plain = {'addmm': aten.mm.default, 'baddbmm': aten.bmm.default}.get(name, op)
+    rest = [None, *args[3:]] if name == 'convolution' else []
+    terms = []
+    if dots[i] is not None: terms.append(p.call(plain, dots[i], args[j], *rest))
+    if dots[j] is not None: terms.append(p.call(plain, args[i], dots[j], *rest))
+    alpha = kwargs.get('alpha', 1)
+    if alpha != 1: terms = [p.call(aten.mul.Scalar, t, alpha) for t in terms]
+    bias = _bias(p, name, dots, kwargs.get('beta', 1), y)
+    if bias is not None and not terms: return p.call(aten.expand.default, bias, list(y.shape))
+    return p.add(bias, *terms)
 
 # %% ../nbs/03_linearise.ipynb #74235f87
 def _conv_backward(p, op, args, kwargs, dots, y):
-    "Rule 2 for convolution_backward(grad, input, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask)"
-    grad,x,w,*rest,mask = args
-    dg,dx,dw = dots[:3]
-    terms = [[],[],[]]
+    "Rule 2 for convolution_backward"
+    grad, x, w, *rest, mask = args  # rest: bias_sizes, stride, padding, dilation, transposed, output_padding, groups
+    dg, dx, dw = dots[:3]
+    terms = [[], [], []]
     def ask(g, x, w, mask):
         if not any(mask): return
         out = p.call(op, g, x, w, *rest, mask)
         for i in range(3):
             if mask[i]: terms[i].append(p.call(operator.getitem, out, i))
-    if dg is not None and dx is not None and mask[1]: # a sum over samples: one call with twice as many
-        ask(p.call(_aten.cat.default, [dg,grad]), p.call(_aten.cat.default, [x,dx]), w, [False,True,False])
-        ask(dg, x, w, [mask[0],False,mask[2]])
+    if dg is not None and dx is not None and mask[1]:  # a sum over samples: one call with twice as many
+        ask(p.call(aten.cat.default, [dg, grad]), p.call(aten.cat.default, [x, dx]), w, [False, True, False])
+        ask(dg, x, w, [mask[0], False, mask[2]])
     elif dg is not None: ask(dg, x, w, list(mask))
-    elif dx is not None: ask(grad, dx, w, [False,mask[1],False])
-    if dw is not None: ask(grad, x, dw, [mask[0],False,False])
+    elif dx is not None: ask(grad, dx, w, [False, mask[1], False])
+    if dw is not None: ask(grad, x, dw, [mask[0], False, False])
     return [p.add(*t) for t in terms]
 
 # %% ../nbs/03_linearise.ipynb #9b526d0e
+def _expanded(p, dot, arg, y):
+    "A term that broadcasting would have expanded"
+    shape = tuple(arg.shape) if isinstance(arg, Tensor) else ()
+    if dot is None or shape == tuple(y.shape): return dot
+    return p.call(aten.expand.default, dot, list(y.shape))
+
 def _sum(p, op, args, kwargs, dots, y):
     "Rule 3 for add and sub"
-    scale,(a,b) = kwargs.get('alpha', 1)*(-1 if _name(op)=='sub' else 1),(dots+[None])[:2]
-    if b is not None and scale!=1: b = p.call(_aten.mul.Scalar, b, scale)
-    shape = lambda i: args[i].shape if isinstance(args[i], Tensor) else ()
-    if a is None: return _expanded(p, b, y, shape(1)) if b is not None else None
-    return p.add(a, b) if b is not None else _expanded(p, a, y, shape(0))
+    scale = kwargs.get('alpha', 1)*(-1 if op_name(op) == 'sub' else 1)
+    a, b = (dots+[None])[:2]
+    if b is not None and scale != 1: b = p.call(aten.mul.Scalar, b, scale)
+    if a is None: return _expanded(p, b, args[1], y)
+    if b is None: return _expanded(p, a, args[0], y)
+    return p.add(a, b)
 
 def _pointwise(p, op, args, kwargs, dots, y):
     "Rule 3"
-    idx = [i for i,d in enumerate(dots) if d is not None]
-    leaves = {i:args[i].expand(y.shape).detach().requires_grad_() for i in idx}
-    with torch.enable_grad(): out = op(*[leaves.get(i, a) for i,a in enumerate(args)], **kwargs)
+    idx = [i for i, d in enumerate(dots) if d is not None]
+    leaves = {i: args[i].expand(y.shape).detach().requires_grad_() for i in idx}
+    with torch.enable_grad(): out = op(*[leaves.get(i, a) for i, a in enumerate(args)], **kwargs)
     if not out.requires_grad: return None
-    cs = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
-    return p.add(*[p.call(_aten.mul.Tensor, dots[i], c.contiguous()) for i,c in zip(idx, cs) if c is not None and bool((c!=0).any())])
+    slopes = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), allow_unused=True)
+    terms = [(dots[i], c) for i, c in zip(idx, slopes) if c is not None and bool((c != 0).any())]
+    return p.add(*[p.call(aten.mul.Tensor, dot, c.contiguous()) for dot, c in terms])
 
 # %% ../nbs/03_linearise.ipynb #50b22af5
 def _softmax(p, op, args, kwargs, dots, y):
     "Rule 3 for softmax and its logarithm"
-    s,dim = (y if _name(op)=='_softmax' else y.exp()),[args[1]]
     if dots[0] is None: return None
-    inner = p.call(_aten.sum.dim_IntList, p.call(_aten.mul.Tensor, dots[0], s), dim, True)
-    centred = p.call(_aten.sub.Tensor, dots[0], inner)
-    return p.call(_aten.mul.Tensor, centred, s) if _name(op)=='_softmax' else centred
+    s = y if op_name(op) == '_softmax' else y.exp()
+    inner = p.call(aten.sum.dim_IntList, p.call(aten.mul.Tensor, dots[0], s), [args[1]], True)
+    centred = p.call(aten.sub.Tensor, dots[0], inner)
+    return p.call(aten.mul.Tensor, centred, s) if op_name(op) == '_softmax' else centred
 
 def _softmax_backward(p, op, args, kwargs, dots, y):
     "Bilinear: g - eˢ Σg for the logarithm, s (g - Σ g s) for softmax itself"
-    g,s,dim = args[0],args[1],[args[2]]
-    mul,total = lambda a,b: p.call(_aten.mul.Tensor, a, b), lambda a: p.call(_aten.sum.dim_IntList, a, dim, True)
-    dg,ds = dots[:2]
-    if _name(op)=='_log_softmax_backward_data':
+    g, s, dim = args[0], args[1], [args[2]]
+    mul = lambda a, b: p.call(aten.mul.Tensor, a, b)
+    sub = lambda a, b: p.call(aten.sub.Tensor, a, b)
+    total = lambda a: p.call(aten.sum.dim_IntList, a, dim, True)
+    dg, ds = dots[:2]
+    if op_name(op) == '_log_softmax_backward_data':
         e = s.exp()
-        return p.add(dg and p.call(_aten.sub.Tensor, dg, mul(total(dg), e)), ds and mul(ds, -e*g.sum(dim, keepdim=True)))
-    return p.add(dg and mul(p.call(_aten.sub.Tensor, dg, total(mul(dg, s))), s),
+        return p.add(dg and sub(dg, mul(total(dg), e)), ds and mul(ds, -e*g.sum(dim, keepdim=True)))
+    return p.add(dg and mul(sub(dg, total(mul(dg, s))), s),
                  ds and mul(ds, g-(g*s).sum(dim, keepdim=True)), ds and mul(total(mul(ds, g)), -s))
 
+# %% ../nbs/03_linearise.ipynb #619b825a
 def _max_pool(p, op, args, kwargs, dots, y):
     "Rule 1 for max_pool2d_with_indices: the entries that won"
-    flat = p.call(_aten.reshape.default, dots[0], [*args[0].shape[:-2],-1])
+    flat = p.call(aten.reshape.default, dots[0], [*args[0].shape[:-2], -1])
     idx = y[1].flatten(-2)
-    return [p.call(_aten.reshape.default, p.call(_aten.gather.default, flat, -1, idx), list(y[0].shape)),None]
+    return [p.call(aten.reshape.default, p.call(aten.gather.default, flat, -1, idx), list(y[0].shape)), None]
 
 # %% ../nbs/03_linearise.ipynb #6fab2eee
 class _Transposed(nn.Module):
     "Rule 4: one operation's derivative as the derivative of its backward pass"
     def __init__(self, op, args, kwargs, idx):
         super().__init__()
-        flat = {i:args[i].detach().requires_grad_() for i in idx}
+        leaves = {i: args[i].detach().requires_grad_() for i in idx}
         with torch.enable_grad():
-            out = op(*[flat.get(i, a) for i,a in enumerate(args)], **kwargs)
-            self.single,outs = isinstance(out, Tensor),[out] if isinstance(out, Tensor) else list(out)
+            out = op(*[leaves.get(i, a) for i, a in enumerate(args)], **kwargs)
+            self.single = isinstance(out, Tensor)
+            outs = [out] if self.single else list(out)
             self.live = [isinstance(o, Tensor) and o.requires_grad for o in outs]
-            outs = [o for o,l in zip(outs, self.live) if l]
+            outs = [o for o, live in zip(outs, self.live) if live]
             self.us = [torch.zeros_like(o, requires_grad=True) for o in outs]
-            self.ws = torch.autograd.grad(outs, list(flat.values()), self.us, create_graph=True, materialize_grads=True) if outs else []
+            self.ws = []
+            if outs: self.ws = torch.autograd.grad(outs, list(leaves.values()), self.us,
+                                                   create_graph=True, materialize_grads=True)
     def forward(self, *dots):
-        pairs = [(w,d) for w,d in zip(self.ws, dots) if w.requires_grad]
-        if not pairs: got = [torch.zeros_like(u) for u in self.us]
-        else: got = list(torch.autograd.grad([w for w,_ in pairs], self.us, [d for _,d in pairs], retain_graph=True, materialize_grads=True))
-        full = [got.pop(0) if l else None for l in self.live]
+        ws = [w for w in self.ws if w.requires_grad]
+        ds = [d for w, d in zip(self.ws, dots) if w.requires_grad]
+        if ws: got = list(torch.autograd.grad(ws, self.us, ds, retain_graph=True, materialize_grads=True))
+        else: got = [torch.zeros_like(u) for u in self.us]
+        full = [got.pop(0) if live else None for live in self.live]
         return full[0] if self.single else full
 
+# %% ../nbs/03_linearise.ipynb #cd13fda2
 def _general(p, op, args, kwargs, dots, y):
     "Rule 4"
-    idx = [i for i,d in enumerate(dots) if d is not None]
-    m = _Transposed(op, args, kwargs, idx)
-    if not any(m.live): return None if m.single else [None]*len(m.live)
-    dot = p.graph.call_module(p.put(m), tuple(dots[i] for i in idx))
-    return dot if m.single else [p.call(operator.getitem, dot, i) if l else None for i,l in enumerate(m.live)]
+    idx = [i for i, d in enumerate(dots) if d is not None]
+    transposed = _Transposed(op, args, kwargs, idx)
+    live, single = transposed.live, transposed.single
+    if not any(live): return None if single else [None]*len(live)
+    dot = p.graph.call_module(p.put(transposed), tuple(dots[i] for i in idx))
+    if single: return dot
+    return [p.call(operator.getitem, dot, i) if alive else None for i, alive in enumerate(live)]
 
 # %% ../nbs/03_linearise.ipynb #4045d732
 def _joined(p, op, args, kwargs, dots, y):
     "Rule 1 for cat and stack"
     if dots[0] is None: return None
-    return p.call(op, [torch.zeros_like(a) if d is None else d for a,d in zip(args[0], dots[0])], *args[1:], **kwargs)
+    parts = [torch.zeros_like(a) if d is None else d for a, d in zip(args[0], dots[0])]
+    return p.call(op, parts, *args[1:], **kwargs)
+
+_SPECIAL = dict(
+    add=_sum, sub=_sum, cat=_joined, stack=_joined, convolution_backward=_conv_backward,
+    _softmax=_softmax, _log_softmax=_softmax, max_pool2d_with_indices=_max_pool,
+    _softmax_backward_data=_softmax_backward, _log_softmax_backward_data=_softmax_backward)
 
 def _rule(op):
     "The rule of an operation"
-    name = _name(op)
+    name = op_name(op)
     if op._schema.is_mutable: raise NotImplementedError(f'{op} changes its argument in place')
-    special = dict(convolution_backward=_conv_backward, add=_sum, sub=_sum, _softmax=_softmax, _log_softmax=_softmax,
-                   _softmax_backward_data=_softmax_backward, _log_softmax_backward_data=_softmax_backward, cat=_joined, stack=_joined,
-                   max_pool2d_with_indices=_max_pool)
-    if name in special: return special[name]
+    if name in _SPECIAL: return _SPECIAL[name]
     if name in _LINEAR: return _linear
     if name in _BILINEAR: return _bilinear
     return _pointwise if torch.Tag.pointwise in op.tags else _general
 
 # %% ../nbs/03_linearise.ipynb #efd8acca
+def _dots(args, dot):
+    "The derivative of each argument, a list of them for a list; None for what does not depend on θ"
+    dots = []
+    for a in args:
+        d = None
+        if isinstance(a, fx.Node): d = dot[a]
+        elif isinstance(a, (list, tuple)): d = [dot[b] if isinstance(b, fx.Node) else None for b in a]
+        if isinstance(d, list) and all(e is None for e in d): d = None
+        dots.append(d)
+    return dots
+
+def _step(p, node, val, dot):
+    "Value and derivative of one operation, from those of the operations before it"
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), val.__getitem__)
+    y, dots = node.target(*args, **kwargs), _dots(node.args, dot)
+    if all(d is None for d in dots): return y, None
+    if node.target is operator.getitem: return y, dots[0][args[1]]
+    if not any(map(_differentiable, [y] if isinstance(y, Tensor) else y)): return y, None
+    return y, _rule(node.target)(p, node.target, args, kwargs, dots, y)
+
+# %% ../nbs/03_linearise.ipynb #89c02660
 def _walk(gm, inputs, p):
-    "Derivative program of a recorded graph by the first of its inputs; returns its output, a value and a node (None for zero)"
-    val,dot,inputs = {},{},list(inputs)
-    last = {n:u for u in gm.graph.nodes for n in u.all_input_nodes}
+    "Derivative program of a recorded graph by its first input; returns the output, a value and a node (None for zero)"
+    val, dot, inputs = {}, {}, list(inputs)
+    last = {n: user for user in gm.graph.nodes for n in user.all_input_nodes}
     for node in gm.graph.nodes:
-        if node.op=='placeholder': val[node],dot[node] = inputs.pop(0),None if dot else p.input
-        elif node.op=='get_attr': val[node],dot[node] = getattr(gm, node.target),None
-        elif node.op=='output': return val[node.args[0]],dot[node.args[0]]
-        else:
-            get = lambda env: fx.node.map_arg(node.args, lambda n: env[n])
-            args,kwargs = get(val),fx.node.map_arg(node.kwargs, lambda n: val[n])
-            val[node] = y = node.target(*args, **kwargs)
-            dots = [dot[a] if isinstance(a, fx.Node) else [dot[b] if isinstance(b, fx.Node) else None for b in a] if isinstance(a, (list,tuple)) else None for a in node.args]
-            dots = [None if isinstance(d, list) and all(e is None for e in d) else d for d in dots]
-            if node.target is operator.getitem: dot[node] = dots[0] and dot[node.args[0]][node.args[1]]
-            elif all(d is None for d in dots) or not any(map(_differentiable, [y] if isinstance(y, Tensor) else y)): dot[node] = None
-            else: dot[node] = _rule(node.target)(p, node.target, args, kwargs, dots, y)
+        if node.op == 'output': return val[node.args[0]], dot[node.args[0]]
+        if node.op == 'placeholder':
+            val[node] = inputs.pop(0)
+            dot[node] = None if dot else p.input  # θ is the first
+        elif node.op == 'get_attr': val[node], dot[node] = getattr(gm, node.target), None
+        else: val[node], dot[node] = _step(p, node, val, dot)
         for n in node.all_input_nodes:
             if last[n] is node: val.pop(n, None)
 
+# %% ../nbs/03_linearise.ipynb #0e472d6a
 def record(
-    f:Callable, # (n,) tensor, more tensors -> tensor, made of PyTorch operations
-    *inputs:Tensor, # where to record: the branches that f takes there are part of the recording
-)->fx.GraphModule: # the same function as a list of operations, without operations in place
+    f: Callable,  # (n,) tensor, more tensors -> tensor, made of PyTorch operations
+    *inputs: Tensor,  # where to record: the branches that f takes there are part of the recording
+) -> fx.GraphModule:  # the same function as a list of operations, without operations in place
     "The operations of f, to be linearised at any inputs of the same shapes"
     with torch.no_grad(): gm = make_fx(functionalize(f), decomposition_table=_SPLIT_UP)(*inputs)
     for n in gm.graph.nodes: n.meta.clear()
     return gm
 
 def linearise(
-    f:Callable|fx.GraphModule, # function of (theta, *rest), or what record made of one
-    theta:Tensor, # (n,) the point
-    *rest:Tensor, # further inputs, held constant
-)->tuple: # f(θ, rest); the program v -> (∂f/∂θ) v, None if it is zero; bytes that the program keeps
+    f: Callable | fx.GraphModule,  # function of (theta, *rest), or what record made of one
+    theta: Tensor,  # (n,) the point
+    *rest: Tensor,  # further inputs, held constant
+) -> tuple:  # f(θ, rest); the program v -> (∂f/∂θ) v, None if it is zero; bytes that the program keeps
     "f and its derivative at θ: Jv by rules for each operation of f (Griewank and Walther 2008, chapter 3)"
     gm = f if isinstance(f, fx.GraphModule) else record(f, theta, *rest)
     with torch.no_grad():
-        p = _Program()
-        y,dot = _walk(gm, (theta,*rest), p)
-    return y,*((None,0) if dot is None else p.finish(dot))
+        p = Program()
+        y, dot = _walk(gm, (theta, *rest), p)
+    return (y, None, 0) if dot is None else (y, *p.finish(dot))

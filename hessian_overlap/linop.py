@@ -4,89 +4,122 @@
 
 # %% ../nbs/01_linop.ipynb #ad7ba95b
 from __future__ import annotations
-from typing import Callable
-import numpy as np, torch
-from torch import Tensor
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
 from fastcore.basics import patch
+from torch import Tensor
 
 # %% auto #0
-__all__ = ['LinearOperator', 'FunctionLinearOperator', 'aslinearoperator']
+__all__ = ['LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'two_norm']
 
 # %% ../nbs/01_linop.ipynb #10fa3aae
 class LinearOperator:
     "A real matrix known by its products with blocks of vectors: `A @ V`, `A.T @ U`"
     def __init__(self,
-        shape:tuple[int,int], # (rows, columns)
-        dtype:torch.dtype, # of what goes in and comes out: torch.float32 or torch.float64
-        device:torch.device|str, # where V must lie
-        symmetric:bool=False, # A.T is A; true of every curvature operator
+        shape: tuple[int, int],  # (rows, columns)
+        dtype: torch.dtype,  # of what goes in and comes out: torch.float32 or torch.float64
+        device: torch.device | str,  # where V must lie
+        symmetric: bool = False,  # A.T is A; true of every curvature operator
     ):
-        self.shape,self.dtype,self.device = tuple(int(s) for s in shape),dtype,torch.empty(0, device=device).device
+        self.shape = tuple(int(s) for s in shape)
+        self.dtype = dtype
+        self.device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
         self.symmetric = symmetric
-        if len(self.shape)!=2 or min(self.shape)<1: raise ValueError(f'shape must be (rows, columns), both positive, got {shape}')
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            raise ValueError(f'shape must be (rows, columns), both positive, got {shape}')
         if not dtype.is_floating_point: raise TypeError(f'dtype must be real floating point, got {dtype}')
-        if symmetric and self.shape[0]!=self.shape[1]: raise ValueError(f'a symmetric operator is square, got shape {self.shape}')
+        if symmetric and self.shape[0] != self.shape[1]:
+            raise ValueError(f'a symmetric operator is square, got shape {self.shape}')
 
     def _matmat(self, V): raise NotImplementedError('a LinearOperator defines _matmat(V): (columns, m) -> (rows, m)')
     def _rmatmat(self, U):
         if self.symmetric: return self._matmat(U)
-        raise NotImplementedError(f'{type(self).__name__} has no product with its transpose: give rmatmat, or symmetric=True')
+        raise NotImplementedError(
+            f'{type(self).__name__} has no product with its transpose: give rmatmat, or symmetric=True')
     def __repr__(self):
-        sym = 'symmetric ' if self.symmetric else ''
-        return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {sym}{str(self.dtype).split('.')[-1]}, {self.device})"
+        rows, columns = self.shape
+        kind = str(self.dtype).removeprefix('torch.')
+        if self.symmetric: kind = f'symmetric {kind}'
+        return f'{type(self).__name__}({rows} x {columns}, {kind}, {self.device})'
 
 # %% ../nbs/01_linop.ipynb #dc7ef3e8
 @patch
-def __matmul__(self:LinearOperator,
-    V:Tensor, # (columns,) or (columns, m), with the dtype and device of the operator
-)->Tensor: # (rows,) or (rows, m)
+def __matmul__(self: LinearOperator,
+    V: Tensor,  # (columns,) or (columns, m), with the dtype and device of the operator
+) -> Tensor:  # (rows,) or (rows, m)
     "The product A V"
-    if not isinstance(V, Tensor): raise TypeError(f'A @ V takes a torch.Tensor, got {type(V).__name__}; use A.to_scipy() for NumPy')
-    if V.dim() not in (1,2) or V.shape[0]!=self.shape[1]:
-        raise ValueError(f'A is {self.shape[0]} x {self.shape[1]}: V must be ({self.shape[1]},) or ({self.shape[1]}, m), got {tuple(V.shape)}')
-    if V.dtype!=self.dtype: raise TypeError(f'A is {self.dtype}, V is {V.dtype}: cast one of them')
-    if V.device!=self.device: raise ValueError(f'A is on {self.device}, V on {V.device}: move one of them')
-    if V.dim()==1: return self._matmat(V[:,None])[:,0]
-    if V.shape[1]==0: return V.new_zeros(self.shape[0], 0)
+    rows, columns = self.shape
+    if not isinstance(V, Tensor):
+        raise TypeError(f'A @ V takes a torch.Tensor, got {type(V).__name__}; use A.to_scipy() for NumPy')
+    if V.dim() not in (1, 2) or V.shape[0] != columns:
+        raise ValueError(f'A is {rows} x {columns}: V must be ({columns},) or ({columns}, m), got {tuple(V.shape)}')
+    if V.dtype != self.dtype: raise TypeError(f'A is {self.dtype}, V is {V.dtype}: cast one of them')
+    if V.device != self.device: raise ValueError(f'A is on {self.device}, V on {V.device}: move one of them')
+    if V.dim() == 1: return self._matmat(V[:, None])[:, 0]
+    if V.shape[1] == 0: return V.new_zeros(rows, 0)
     return self._matmat(V)
 
 # %% ../nbs/01_linop.ipynb #cef80cc2
 class _Transposed(LinearOperator):
     "The transpose of an operator"
-    def __init__(self, A): self.A = A; super().__init__(A.shape[::-1], A.dtype, A.device)
+    def __init__(self, A):
+        self.A = A
+        super().__init__(A.shape[::-1], A.dtype, A.device)
     def _matmat(self, V): return self.A._rmatmat(V)
     def _rmatmat(self, U): return self.A._matmat(U)
 
 @patch(as_prop=True)
-def T(self:LinearOperator)->LinearOperator: # (columns, rows)
+def T(self: LinearOperator) -> LinearOperator:  # (columns, rows)
     "The transpose; the same object if symmetric"
-    return self if self.symmetric else self.A if isinstance(self, _Transposed) else _Transposed(self)
+    if self.symmetric: return self
+    return self.A if isinstance(self, _Transposed) else _Transposed(self)
 
 # %% ../nbs/01_linop.ipynb #23a9244f
 class FunctionLinearOperator(LinearOperator):
     "An operator from functions on blocks of columns"
     def __init__(self,
-        matmat:Callable, # (columns, m) tensor -> (rows, m) tensor
-        shape:tuple[int,int], # (rows, columns)
+        matmat: Callable,  # (columns, m) tensor -> (rows, m) tensor
+        shape: tuple[int, int],  # (rows, columns)
         *,
-        rmatmat:Callable=None, # (rows, m) -> (columns, m), the transpose; the same function as matmat for a symmetric operator
-        dtype:torch.dtype, # of both sides
-        device:torch.device|str, # of both sides
+        rmatmat: Callable = None,  # (rows, m) -> (columns, m), the transpose; matmat itself if symmetric
+        dtype: torch.dtype,  # of both sides
+        device: torch.device | str,  # of both sides
     ):
-        self._mm,self._rmm = matmat,rmatmat
+        self._mm, self._rmm = matmat, rmatmat
         super().__init__(shape, dtype, device, symmetric=rmatmat is matmat)
 
     def _check(self, W, rows, m):
-        if not isinstance(W, Tensor) or tuple(W.shape)!=(rows,m) or W.dtype!=self.dtype or W.device!=self.device:
-            got = f'{tuple(W.shape)} {W.dtype} on {W.device}' if isinstance(W, Tensor) else type(W).__name__
-            raise ValueError(f'the function must return a ({rows}, {m}) {self.dtype} tensor on {self.device}, got {got}')
-        return W
+        "W, refused unless it is a (rows, m) tensor in the operator's dtype and on its device"
+        want = (rows, m), self.dtype, self.device
+        if isinstance(W, Tensor) and (tuple(W.shape), W.dtype, W.device) == want: return W
+        got = f'{tuple(W.shape)} {W.dtype} on {W.device}' if isinstance(W, Tensor) else type(W).__name__
+        raise ValueError(f'the function must return a ({rows}, {m}) {self.dtype} tensor on {self.device}, got {got}')
     def _matmat(self, V): return self._check(self._mm(V), self.shape[0], V.shape[1])
     def _rmatmat(self, U):
         if self._rmm is None: return super()._rmatmat(U)
         return self._check(self._rmm(U), self.shape[1], U.shape[1])
 
 # %% ../nbs/01_linop.ipynb #e18d07c2
+def _from_tensor(A):
+    "A two-dimensional tensor as an operator, symmetric if its entries are"
+    if A.dim() != 2: raise ValueError(f'a matrix has two dimensions, got shape {tuple(A.shape)}')
+    matmat = lambda V: A @ V
+    symmetric = A.shape[0] == A.shape[1] and torch.equal(A, A.mT)
+    rmatmat = matmat if symmetric else lambda U: A.mT @ U
+    return FunctionLinearOperator(matmat, A.shape, rmatmat=rmatmat, dtype=A.dtype, device=A.device)
+
+def _from_curvlinops(A):
+    "An operator on tensors, such as curvlinops': with `adjoint`, or `SELF_ADJOINT`, it has a transpose"
+    matmat = lambda V: A @ V
+    adjoint = getattr(A, 'adjoint', None)
+    if getattr(A, 'SELF_ADJOINT', False): rmatmat = matmat
+    elif callable(adjoint): rmatmat = lambda U: adjoint() @ U
+    else: rmatmat = None
+    return FunctionLinearOperator(matmat, A.shape, rmatmat=rmatmat, dtype=A.dtype, device=A.device)
+
 def _from_numpy(A):
     "A SciPy operator, sparse matrix or NumPy array as an operator on CPU tensors"
     from scipy.sparse.linalg import aslinearoperator as scipy_aslinearoperator
@@ -96,26 +129,22 @@ def _from_numpy(A):
     wrap = lambda f: lambda V: torch.from_numpy(np.ascontiguousarray(f(V.numpy()))).to(dtype)
     return FunctionLinearOperator(wrap(S.matmat), S.shape, rmatmat=wrap(S.rmatmat), dtype=dtype, device='cpu')
 
+# %% ../nbs/01_linop.ipynb #700e72ec
 def aslinearoperator(
-    A, # LinearOperator, (rows, columns) tensor, NumPy array, SciPy sparse matrix or LinearOperator, curvlinops operator
-)->LinearOperator: # the same matrix; a tensor is not copied
+    A,  # LinearOperator, (rows, columns) tensor, NumPy array, SciPy or curvlinops operator, sparse matrix
+) -> LinearOperator:  # the same matrix; a tensor is not copied
     "A as a `LinearOperator`; the name and the meaning are SciPy's"
     if isinstance(A, LinearOperator): return A
-    if isinstance(A, Tensor):
-        if A.dim()!=2: raise ValueError(f'a matrix has two dimensions, got shape {tuple(A.shape)}')
-        symmetric = A.shape[0]==A.shape[1] and torch.equal(A, A.mT)
-        mm = lambda V: A @ V
-        return FunctionLinearOperator(mm, A.shape, rmatmat=mm if symmetric else lambda U: A.mT @ U, dtype=A.dtype, device=A.device)
-    if all(hasattr(A, a) for a in ('shape','dtype','device','__matmul__')) and isinstance(A.dtype, torch.dtype):
-        mm,adjoint = lambda V: A @ V, getattr(A, 'adjoint', None)
-        rmm = mm if getattr(A, 'SELF_ADJOINT', False) else (lambda U: adjoint() @ U) if callable(adjoint) else None
-        return FunctionLinearOperator(mm, A.shape, rmatmat=rmm, dtype=A.dtype, device=A.device)
+    if isinstance(A, Tensor): return _from_tensor(A)
+    multiplies = all(hasattr(A, a) for a in ('shape', 'dtype', 'device', '__matmul__'))
+    if multiplies and isinstance(A.dtype, torch.dtype): return _from_curvlinops(A)
     if hasattr(A, 'shape') and hasattr(A, 'dtype'): return _from_numpy(A)
-    raise TypeError(f'cannot make a linear operator of {type(A).__name__}: give a tensor, a SciPy operator or a FunctionLinearOperator')
+    raise TypeError(f'cannot make a linear operator of {type(A).__name__}: '
+                    'give a tensor, a SciPy operator or a FunctionLinearOperator')
 
 # %% ../nbs/01_linop.ipynb #23d7c8c1
 @patch
-def to_scipy(self:LinearOperator):
+def to_scipy(self: LinearOperator):
     "As `scipy.sparse.linalg.LinearOperator` with the same shape and dtype, acting on NumPy arrays"
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
     dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
@@ -124,47 +153,65 @@ def to_scipy(self:LinearOperator):
             W = A @ torch.as_tensor(np.array(V, dtype=dtype).reshape(A.shape[1], -1), device=A.device)
             return W.cpu().numpy().reshape((A.shape[0],) + V.shape[1:])
         return f
-    mm,rmm = wrap(self),wrap(self.T)
+    mm, rmm = wrap(self), wrap(self.T)
     return ScipyOperator(self.shape, matvec=mm, matmat=mm, rmatvec=rmm, rmatmat=rmm, dtype=dtype)
+
+# %% ../nbs/01_linop.ipynb #7d406540
+def two_norm(
+    t: Tensor,  # of any shape
+) -> Tensor:  # float64 scalar
+    "‖t‖₂ of all entries, without overflow or underflow"
+    if not t.numel(): return t.new_zeros((), dtype=torch.float64)
+    largest = t.abs().amax()
+    if not largest > 0 or not torch.isfinite(largest): return largest.double()
+    return largest.double()*torch.linalg.vector_norm((t/largest).flatten(), dtype=torch.float64)
 
 # %% ../nbs/01_linop.ipynb #ad334b3a
 class _Sum(LinearOperator):
     "c₁A₁ + c₂A₂ + …, each a multiple of an operator"
     def __init__(self, terms):
-        (_,A),*rest = self.terms = terms
-        for _,B in rest:
-            if (B.shape,B.dtype,B.device)!=(A.shape,A.dtype,A.device): raise ValueError(f'operators that are added must share shape, dtype and device, got {A} and {B}')
-        super().__init__(A.shape, A.dtype, A.device, symmetric=all(B.symmetric for _,B in terms))
-    def _matmat(self, V): return sum(c*B._matmat(V) for c,B in self.terms)
-    def _rmatmat(self, U): return sum(c*B._rmatmat(U) for c,B in self.terms)
+        self.terms = terms  # [(c₁, A₁), (c₂, A₂), …]
+        A = terms[0][1]
+        for _, B in terms[1:]:
+            if (B.shape, B.dtype, B.device) == (A.shape, A.dtype, A.device): continue
+            raise ValueError(f'operators that are added must share shape, dtype and device, got {A} and {B}')
+        super().__init__(A.shape, A.dtype, A.device, symmetric=all(B.symmetric for _, B in terms))
+    def _matmat(self, V): return sum(c*B._matmat(V) for c, B in self.terms)
+    def _rmatmat(self, U): return sum(c*B._rmatmat(U) for c, B in self.terms)
 
-def _terms(A): return A.terms if isinstance(A, _Sum) else [(1.,A)]
+def _terms(A): return A.terms if isinstance(A, _Sum) else [(1., A)]
 
+# %% ../nbs/01_linop.ipynb #564c902f
 @patch
-def __add__(self:LinearOperator, other)->LinearOperator:
+def __add__(self: LinearOperator, other) -> LinearOperator:
     "A + B, of operators or an operator and a tensor"
-    if isinstance(other, (int,float)): return NotImplemented if other else self # 0, where sum() starts
+    if isinstance(other, (int, float)) and other == 0: return self  # where sum() starts
+    if isinstance(other, (int, float)): return NotImplemented
     return _Sum(_terms(self) + _terms(aslinearoperator(other)))
 
 @patch
-def __mul__(self:LinearOperator, c:float)->LinearOperator:
+def __mul__(self: LinearOperator, c: float) -> LinearOperator:
     "c A for a real number c"
-    if isinstance(c, Tensor) and c.dim()==0: c = c.item()
-    if isinstance(c, bool) or not isinstance(c, (int,float,np.integer,np.floating)): return NotImplemented
-    return _Sum([(float(c)*d,B) for d,B in _terms(self)])
+    if isinstance(c, Tensor) and c.dim() == 0: c = c.item()
+    is_number = isinstance(c, (int, float, np.integer, np.floating)) and not isinstance(c, bool)
+    if not is_number: return NotImplemented
+    return _Sum([(float(c)*d, B) for d, B in _terms(self)])
 
 @patch
-def __neg__(self:LinearOperator)->LinearOperator: return self*-1.
+def __neg__(self: LinearOperator) -> LinearOperator: return self*-1.
+
 @patch
-def __sub__(self:LinearOperator, other)->LinearOperator: return self + -aslinearoperator(other)
-LinearOperator.__radd__,LinearOperator.__rmul__ = LinearOperator.__add__,LinearOperator.__mul__
+def __sub__(self: LinearOperator, other) -> LinearOperator: return self + -aslinearoperator(other)
+
+LinearOperator.__radd__ = LinearOperator.__add__
+LinearOperator.__rmul__ = LinearOperator.__mul__
 
 # %% ../nbs/01_linop.ipynb #8afaa2d3
 class _Block(LinearOperator):
     "A[rows][:, columns]"
     def __init__(self, A, rows, cols):
-        self.A,self.rows,self.cols = A,rows,cols
-        super().__init__((len(rows),len(cols)), A.dtype, A.device, symmetric=A.symmetric and torch.equal(rows, cols))
+        self.A, self.rows, self.cols = A, rows, cols
+        super().__init__((len(rows), len(cols)), A.dtype, A.device, symmetric=A.symmetric and torch.equal(rows, cols))
     def _apply(self, V, f, n, put, take):
         X = V.new_zeros(n, V.shape[1])
         X[put] = V
@@ -172,27 +219,35 @@ class _Block(LinearOperator):
     def _matmat(self, V): return self._apply(V, self.A._matmat, self.A.shape[1], self.cols, self.rows)
     def _rmatmat(self, U): return self._apply(U, self.A._rmatmat, self.A.shape[0], self.rows, self.cols)
 
+# %% ../nbs/01_linop.ipynb #d47fd289
+def _named(A, names, n):
+    "Positions of the parameters called `names`"
+    known = getattr(A, 'names', None)
+    if known is None: raise TypeError(f'{type(A).__name__} has no names of parameters: give positions')
+    missing = [w for w in names if w not in known]
+    if missing: raise ValueError(f'no parameter is called {missing[0]!r}; there are {", ".join(known)}')
+    positions = dict(zip(known, torch.arange(n).split(A.numels)))
+    return torch.cat([positions[w] for w in names])
+
 def _index(A, which, n):
     "Positions from positions, a mask, a slice, or names of parameters"
+    if isinstance(which, str): which = [which]
     if isinstance(which, slice): idx = torch.arange(n)[which]
-    elif isinstance(which, str) or isinstance(which, (list,tuple)) and which and isinstance(which[0], str):
-        names = getattr(A, 'names', None)
-        if names is None: raise TypeError(f'{type(A).__name__} has no names of parameters: give positions')
-        missing = [w for w in ([which] if isinstance(which, str) else which) if w not in names]
-        if missing: raise ValueError(f'no parameter is called {missing[0]!r}; there are {", ".join(names)}')
-        parts = dict(zip(names, torch.arange(n).split(A.numels)))
-        idx = torch.cat([parts[w] for w in ([which] if isinstance(which, str) else which)])
+    elif isinstance(which, (list, tuple)) and which and isinstance(which[0], str): idx = _named(A, which, n)
     else: idx = torch.as_tensor(which)
-    if idx.dtype==torch.bool and tuple(idx.shape)==(n,): idx = idx.nonzero()[:,0]
-    if idx.dim()!=1 or idx.dtype not in (torch.int64,torch.int32) or not len(idx) or idx.min()<0 or idx.max()>=n or len(idx.unique())<len(idx):
+    if idx.dtype == torch.bool and tuple(idx.shape) == (n,): idx = idx.nonzero()[:, 0]
+    integers = idx.dim() == 1 and len(idx) > 0 and idx.dtype in (torch.int64, torch.int32)
+    if not integers or idx.min() < 0 or idx.max() >= n or len(idx.unique()) < len(idx):
         raise ValueError(f'a block needs distinct positions from 0 to {n-1}, or a mask of length {n}')
     return idx.to(A.device, torch.int64)
 
+# %% ../nbs/01_linop.ipynb #046c0a22
 @patch
-def restrict(self:LinearOperator,
-    rows, # positions, mask, slice, or names of parameters of a curvature operator
-    columns=None, # likewise; None: the same as rows
-)->LinearOperator: # (len(rows), len(columns)); symmetric if A is and both are the same
+def restrict(self: LinearOperator,
+    rows,  # positions, mask, slice, or names of parameters of a curvature operator
+    columns=None,  # likewise; None: the same as rows
+) -> LinearOperator:  # (len(rows), len(columns)); symmetric if A is and both are the same
     "The block of A in these rows and columns"
     r = _index(self, rows, self.shape[0])
-    return _Block(self, r, r if columns is None else _index(self, columns, self.shape[1]))
+    c = r if columns is None else _index(self, columns, self.shape[1])
+    return _Block(self, r, c)

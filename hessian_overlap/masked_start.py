@@ -4,214 +4,296 @@
 
 # %% ../nbs/24_masked_start.ipynb #1fe00aee
 from __future__ import annotations
-import math, time, warnings, torch
+
+import time
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
-from fastcore.basics import patch
+
+from .krylov import write_state
+from hessian_overlap.quadrature import (
+    OverlapEstimate,
+    check_slq,
+    cut_weights,
+    is_trusted,
+    order_nodes,
+    resolution_error,
+    resolved_count,
+    student_quantile,
+    trace_interval,
+    warn_unresolved,
+)
+from .sketch import check_problem
 from .synthmat import column_noise
-from .sketch import _check_problem
-from .krylov import _write
-from .quadrature import OverlapEstimate, _check_slq, _cuts, _interval, _order_nodes, _resolution, _resolved, _student, _trusted, _warn_unresolved
 
 # %% auto #0
 __all__ = ['STRIP', 'tsqr_', 'ShortLanczos', 'overlap_slq_masked']
 
 # %% ../nbs/24_masked_start.ipynb #5d00d485
 def _ring_signs(n, edges, probes, seed, rank, dtype, device):
-    "(n, p (K+1)) random signs, each probe cut into its rings; columns lie contiguous in memory, rings of a probe side by side"
-    Z,R = torch.zeros(probes*(len(edges)+1), n, dtype=dtype, device=device), len(edges)+1
+    "(n, p (K+1)) random signs, probes cut into rings; columns are contiguous in memory, rings of a probe side by side"
+    rings = len(edges)+1
+    Z = torch.zeros(probes*rings, n, dtype=dtype, device=device)
     ring = torch.bucketize(rank, edges, right=True).to(device)
     for i in range(probes):
         z = column_noise(n, [i], seed=seed, dtype=dtype, device=device)
-        Z[i*R:(i+1)*R].scatter_(0, ring[None], z.T)
+        Z[i*rings:(i+1)*rings].scatter_(0, ring[None], z.T)
     return Z.T
 
 # %% ../nbs/24_masked_start.ipynb #aec74707
-STRIP = 2**18 # rows that are worked on at once
+STRIP = 2**18  # rows that are worked on at once
 
-def _strips(n, b): # as many rows in each as there are columns, at least
+def _strips(n, b):  # as many rows in each as there are columns, at least
     step = max(STRIP, b)
-    return [(lo, n if n-lo<2*step else lo+step) for lo in range(0, max(1, n-step+1), step)]
+    return [(lo, n if n-lo < 2*step else lo+step) for lo in range(0, max(1, n-step+1), step)]
 
 def tsqr_(
-    W:Tensor, # (n, b), n ≥ b; replaced by orthonormal columns with the same span
-)->Tensor: # (b, b) float64 on the CPU: R in W = QR
+    W: Tensor,  # (n, b), n ≥ b; replaced by orthonormal columns with the same span
+) -> Tensor:  # (b, b) float64 on the CPU: R in W = QR
     "QR decomposition in place, by strips of rows (Demmel et al. 2012)"
-    n,b = W.shape
-    if n<b: raise ValueError(f'a QR decomposition needs at least as many rows as columns, got {n} x {b}')
-    strips,Rs = _strips(n, b),[]
-    for lo,hi in strips:
-        Q,R = torch.linalg.qr(W[lo:hi])
+    n, b = W.shape
+    if n < b: raise ValueError(f'a QR decomposition needs at least as many rows as columns, got {n} x {b}')
+    strips, triangles = _strips(n, b), []
+    for lo, hi in strips:
+        Q, R = torch.linalg.qr(W[lo:hi])
         W[lo:hi] = Q
-        Rs.append(R.double().cpu())
-    P,R = torch.linalg.qr(torch.cat(Rs))
-    for i,(lo,hi) in enumerate(strips): W[lo:hi] = W[lo:hi] @ P[i*b:(i+1)*b].to(W.device, W.dtype)
+        triangles.append(R.double().cpu())
+    P, R = torch.linalg.qr(torch.cat(triangles))
+    for (lo, hi), part in zip(strips, P.split(b)): W[lo:hi] = W[lo:hi] @ part.to(W.device, W.dtype)
     return R
 
 # %% ../nbs/24_masked_start.ipynb #0678e382
 class ShortLanczos:
     "Block Lanczos that keeps two blocks, started from masked random signs: nodes and weights, no vectors"
     def __init__(self,
-        A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
-        order:Tensor, # (n,) int64 permutation, most important parameter first
-        ks:Tensor, # (K,) int64 ascending, between 1 and n - 1: sizes of the masks
+        A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
+        order: Tensor,  # (n,) int64 permutation, most important parameter first
+        ks: Tensor,  # (K,) int64 ascending, between 1 and n - 1: sizes of the masks
         *,
-        num_probes:int, # p, at least 1
-        seed:int, # of the signs
+        num_probes: int,  # p, at least 1
+        seed: int,  # of the signs
     ):
-        self.source,(self.A,self.n) = A,_check_problem(A, 1)
-        _,(rank,),self.ks,_ = _check_slq(self.n, order, ks, None)
-        self.num_probes,self.seed,self.block_size = num_probes,seed,num_probes*(len(ks)+1)
-        if num_probes<1: raise ValueError(f'num_probes must be at least 1, got {num_probes}')
-        if self.block_size>self.n: raise ValueError(f'{num_probes} probes of {len(ks)+1} rings are {self.block_size} columns, more than n = {self.n}')
+        self.source, (self.A, self.n) = A, check_problem(A, 1)
+        _, (rank,), self.ks, _ = check_slq(self.n, order, ks, None)
+        self.num_probes, self.seed = num_probes, seed
+        self.block_size = num_probes*(len(ks)+1)
+        if num_probes < 1: raise ValueError(f'num_probes must be at least 1, got {num_probes}')
+        if self.block_size > self.n:
+            raise ValueError(f'{num_probes} probes of {len(ks)+1} rings are {self.block_size} columns, '
+                             f'more than n = {self.n}')
         self.X = _ring_signs(self.n, self.ks, num_probes, seed, rank, self.A.dtype, self.A.device)
-        self.start,self.last = tsqr_(self.X),None # (b, b) signs in the first block; the block before
-        self.diagonal,self.coupling,self.matvecs,self.scale,self.noise = [],[],0,0.,0. # (b, b) float64 each step; largest norm of an image and asymmetry
+        self.last = None  # the block before X
+        self.start = tsqr_(self.X)  # (b, b) float64: the signs in the first block
+        self.diagonal, self.coupling = [], []  # blocks of the matrix, (b, b) float64 each step
+        self.matvecs = 0
+        self.scale, self.noise = 0., 0.  # largest norm of an image, and asymmetry
     steps = property(lambda self: len(self.diagonal))
-    @property
-    def nbytes(self): return self.X.nbytes*(1 if self.last is None else 2) # the blocks between steps; three within one
-    def __repr__(self): return f'ShortLanczos(n = {self.n}, {self.num_probes} probes of {len(self.ks)+1} rings, {self.steps} steps, {self.matvecs} matvecs)'
+
+# %% ../nbs/24_masked_start.ipynb #21025ce6
+@patch(as_prop=True)
+def nbytes(self: ShortLanczos) -> int:  # bytes; three blocks within a step
+    "Memory of the blocks between steps"
+    return self.X.nbytes*(1 if self.last is None else 2)
+
+@patch
+def __repr__(self: ShortLanczos):
+    return (f'ShortLanczos(n = {self.n}, {self.num_probes} probes of {len(self.ks)+1} rings, '
+            f'{self.steps} steps, {self.matvecs} matvecs)')
 
 # %% ../nbs/24_masked_start.ipynb #93174ebc
 @patch
-def _deflate(self:ShortLanczos, W):
+def _deflate(self: ShortLanczos, W):
     "W minus its components in the two blocks, in place; gives those in the newest, (b, b) float64"
-    blocks = [self.X] if self.last is None else [self.X,self.last]
-    C = [sum((P[lo:hi].T @ W[lo:hi]).double().cpu() for lo,hi in _strips(self.n, self.block_size)) for P in blocks]
-    for lo,hi in _strips(self.n, self.block_size):
-        for P,c in zip(blocks, C): W[lo:hi] -= P[lo:hi] @ c.to(W.device, W.dtype)
+    blocks, strips = [self.X] if self.last is None else [self.X, self.last], _strips(self.n, self.block_size)
+    C = [sum((P[lo:hi].T @ W[lo:hi]).double().cpu() for lo, hi in strips) for P in blocks]
+    for lo, hi in strips:
+        for P, c in zip(blocks, C): W[lo:hi] -= P[lo:hi] @ c.to(W.device, W.dtype)
     return C[0]
 
 @patch
-def step(self:ShortLanczos):
+def _check_image(self: ShortLanczos, a, norms):
+    "Raises if the products are not finite or contradict symmetry"
+    finite = torch.isfinite(norms)
+    if not finite.all():
+        column = int((~finite).nonzero()[0])
+        raise FloatingPointError(f'A @ V is not finite in block {self.steps+1}, column {column}')
+    self.scale = max(self.scale, norms.max().item())
+    self.noise = max(self.noise, (a-a.T).norm(dim=0).max().item()/2)
+    if self.noise > max(1e-3, 1e3*torch.finfo(self.A.dtype).eps)*self.scale:
+        raise ValueError('the operator is not symmetric: <u, Av> and <Au, v> '
+                         f'differ by {self.noise/self.scale:.1e} of its norm')
+
+# %% ../nbs/24_masked_start.ipynb #d512fdcd
+@patch
+def step(self: ShortLanczos):
     "One block of products"
     W = self.A @ self.X
-    if W.data_ptr() in (self.X.data_ptr(), 0 if self.last is None else self.last.data_ptr()): W = W.clone()
-    norms = sum(W[lo:hi].double().square().sum(0).cpu() for lo,hi in _strips(self.n, self.block_size)).sqrt()
+    mine = [P.data_ptr() for P in (self.X, self.last) if P is not None]
+    if W.data_ptr() in mine: W = W.clone()
+    strips = _strips(self.n, self.block_size)
+    norms = sum(W[lo:hi].double().square().sum(0).cpu() for lo, hi in strips).sqrt()
     a = self._deflate(W)
     self._check_image(a, norms)
-    a = a + self._deflate(W) # what rounding left
+    a = a + self._deflate(W)  # what rounding left
     B = tsqr_(W)
-    if B.diagonal().abs().min()<torch.finfo(W.dtype).eps**.5*self.scale: # a column was nearly nothing, and is mostly rounding now
-        self._deflate(W)
+    if B.diagonal().abs().min() < torch.finfo(W.dtype).eps**.5*self.scale:
+        self._deflate(W)  # a column was nearly nothing, and is mostly rounding now
         B = tsqr_(W) @ B
-    self.last,self.X,self.matvecs = self.X,W,self.matvecs+self.block_size
+    self.last, self.X = self.X, W
+    self.matvecs += self.block_size
     self.diagonal.append((a+a.T)/2)
     self.coupling.append(B)
     return self
 
-@patch
-def _check_image(self:ShortLanczos, a, norms):
-    "Raises if the products are not finite or contradict symmetry"
-    if not torch.isfinite(norms).all(): raise FloatingPointError(f'A @ V is not finite in block {self.steps+1}, column {int((~torch.isfinite(norms)).nonzero()[0])}')
-    self.scale = max(self.scale, norms.max().item())
-    self.noise = max(self.noise, (a-a.T).norm(dim=0).max().item()/2)
-    if self.noise>max(1e-3, 1e3*torch.finfo(self.A.dtype).eps)*self.scale: raise ValueError(f'the operator is not symmetric: <u, Av> and <Au, v> differ by {self.noise/self.scale:.1e} of its norm')
-
 # %% ../nbs/24_masked_start.ipynb #0f232cde
 @patch
-def _first_rows(self:ShortLanczos, steps=None):
+def _first_rows(self: ShortLanczos, steps=None):
     "(m,) nodes, ascending, and (m, p, K+1): the first block's signs in their vectors"
-    m,b = self.steps if steps is None else steps, self.block_size
-    if not 1<=m<=self.steps: raise ValueError(f'steps must be between 1 and {self.steps}, got {steps}')
+    m, b = self.steps if steps is None else steps, self.block_size
+    if not 1 <= m <= self.steps: raise ValueError(f'steps must be between 1 and {self.steps}, got {steps}')
     T = torch.block_diag(*self.diagonal[:m])
-    for j,B in enumerate(self.coupling[:m-1]): T[(j+1)*b:(j+2)*b,j*b:(j+1)*b],T[j*b:(j+1)*b,(j+1)*b:(j+2)*b] = B,B.T
-    theta,F = torch.linalg.eigh(T)
-    return theta,(F[:b].T @ self.start).view(len(theta), self.num_probes, -1)
+    for j, B in enumerate(self.coupling[:m-1]):
+        here, following = slice(j*b, (j+1)*b), slice((j+1)*b, (j+2)*b)
+        T[following, here] = B
+        T[here, following] = B.T
+    theta, F = torch.linalg.eigh(T)
+    return theta, (F[:b].T @ self.start).view(len(theta), self.num_probes, -1)
 
 @patch
-def nodes(self:ShortLanczos,
-    steps:int|None=None, # the first so many; None: all
-)->tuple[Tensor,Tensor]: # (m,) nodes, ascending; (m, p, K+1) float64: their weights for each ring of each probe
+def nodes(self: ShortLanczos,
+    steps: int | None = None,  # the first so many; None: all
+) -> tuple[Tensor, Tensor]:  # (m,) nodes, ascending; (m, p, K+1) float64: their weights for each ring of each probe
     "Quadrature of each ring's spectral measure (Golub and Meurant 2010); the weights of a ring add up to its size"
-    theta,W = self._first_rows(steps)
-    return theta,W.square()
+    theta, W = self._first_rows(steps)
+    return theta, W.square()
 
 # %% ../nbs/24_masked_start.ipynb #5b270107
-_KEPT = ('n','ks','num_probes','seed','block_size','X','last','start','diagonal','coupling','matvecs','scale','noise')
+_KEPT = ('n', 'ks', 'num_probes', 'seed', 'block_size', 'X', 'last', 'start', 'diagonal', 'coupling',
+         'matvecs', 'scale', 'noise')
 
 @patch
-def save(self:ShortLanczos,
-    path:str|Path, # of the file; replaced in one moment
+def save(self: ShortLanczos,
+    path: str | Path,  # of the file; replaced in one moment
 ):
     "Write the state, without the operator"
-    _write(path, kind='ShortLanczos', **{name: getattr(self, name) for name in _KEPT})
+    write_state(path, kind='ShortLanczos', **{name: getattr(self, name) for name in _KEPT})
 
 @patch(cls_method=True)
-def load(cls:ShortLanczos,
-    path:str|Path, # of a file that save wrote
-    A, # (n, n) the operator that the state was grown with
-)->ShortLanczos:
+def load(cls: ShortLanczos,
+    path: str | Path,  # of a file that save wrote
+    A,  # (n, n) the operator that the state was grown with
+) -> ShortLanczos:
     "Read a state, to go on with the same operator"
-    self,d = cls.__new__(cls),torch.load(path, map_location='cpu', weights_only=True)
-    if d.pop('kind', None)!='ShortLanczos': raise ValueError(f'{Path(path).name} holds no ShortLanczos state')
-    self.source,(self.A,n) = A,_check_problem(A, 1)
-    if (n,self.A.dtype)!=(d['n'],d['X'].dtype): raise ValueError(f"the state is of a {d['X'].dtype} operator of size {d['n']}, A is {self.A.dtype} of size {n}")
-    for name,v in d.items(): setattr(self, name, v.to(self.A.device) if name in ('X','last') and v is not None else v)
+    self, kept = cls.__new__(cls), torch.load(path, map_location='cpu', weights_only=True)
+    if kept.pop('kind', None) != 'ShortLanczos': raise ValueError(f'{Path(path).name} holds no ShortLanczos state')
+    self.source, (self.A, n) = A, check_problem(A, 1)
+    size, dtype = kept['n'], kept['X'].dtype
+    if (n, self.A.dtype) != (size, dtype):
+        raise ValueError(f'the state is of a {dtype} operator of size {size}, A is {self.A.dtype} of size {n}')
+    for name, value in kept.items():
+        on_device = name in ('X', 'last') and value is not None
+        setattr(self, name, value.to(self.A.device) if on_device else value)
     return self
 
 # %% ../nbs/24_masked_start.ipynb #a91053fb
-def _masked_estimate(state, steps):
-    "(K,) traces, their standard errors, half-widths of their 95% intervals, traces at the largest resolved k, thresholds; and that k"
-    theta,W = state._first_rows(steps)
-    ks,p,squares = state.ks.double(), state.num_probes, W.square()
-    counts,inside = squares.sum(2), squares.cumsum(2)[:,:,:-1] # (m, p), (m, p, K)
-    cut = lambda k: _cuts(theta, counts.mean(1), k) # (m, K)
-    masked = lambda k: torch.einsum('jk,jpk->pk', cut(k), inside)
-    low,high = .8*ks, torch.minimum(1.2*ks, torch.tensor(float(state.n)))
-    slope,f = (masked(high)-masked(low)).mean(0)/(high-low), cut(ks)
-    C = torch.einsum('jk,jar,jbr->kabr', f, W, W) # (K, p, p, K+1)
-    w = (torch.arange(len(ks)+1)<=torch.arange(len(ks))[:,None]).double()-slope[:,None] # (K, K+1)
-    S,d = masked(ks), torch.einsum('kiir,kr->ki', C, w)
+def _sampling(W, f, slope):
+    "(K,) standard errors, and half-widths of 95% intervals, from signs W in the nodes' vectors and nodes' weights f"
+    K, p = len(slope), W.shape[1]
+    df = (p-1)*(p+2)//2
+    C = torch.einsum('jk,jar,jbr->kabr', f, W, W)  # (K, p, p, K+1)
+    w = (torch.arange(K+1) <= torch.arange(K)[:, None]).double()-slope[:, None]  # (K, K+1)
     bound = (2*torch.einsum('kiir,kr->k', C, w.square())/p**2).sqrt()
-    se,half = bound, 1.96*bound
-    if p>1:
-        off = torch.einsum('kabr,kr->k', C.square(), w.square())-torch.einsum('kiir,kr->k', C.square(), w.square())
-        df = (p-1)*(p+2)//2
-        se = ((d-d.mean(1, keepdim=True)).square().sum(1)+off).div(df*p).sqrt()
-        half = torch.minimum(_student(df)*se, half)
-    whole,none = W.flatten(1)*W.shape[2]**.5, torch.zeros(len(theta), dtype=torch.bool)
-    limit,(o,total) = _resolved(theta, whole, none, state.block_size), _order_nodes(theta, whole, none)
-    tau = theta[o[torch.searchsorted(total, ks).clamp(max=len(o)-1)]].abs()
-    return S.mean(0), se, half, masked(torch.full_like(ks, limit)).mean(0), tau, limit
+    if p == 1: return bound, 1.96*bound
+    d = torch.einsum('kiir,kr->ki', C, w)
+    everything = torch.einsum('kabr,kr->k', C.square(), w.square())
+    off = everything-torch.einsum('kiir,kr->k', C.square(), w.square())  # products of different probes
+    error = ((d-d.mean(1, keepdim=True)).square().sum(1)+off).div(df*p).sqrt()
+    return error, torch.minimum(student_quantile(df)*error, 1.96*bound)
+
+# %% ../nbs/24_masked_start.ipynb #d7b91f9d
+class _Reading(NamedTuple):
+    "What a state says of the traces"
+    trace: Tensor  # (K,)
+    stderr: Tensor  # (K,)
+    half: Tensor  # (K,) half-widths of the 95% intervals where resolved
+    reached: Tensor  # (K,) traces at the limit
+    threshold: Tensor  # (K,) |λ| at the cut
+    limit: float  # the largest resolved k
+
+# %% ../nbs/24_masked_start.ipynb #46003c1d
+def _read(state, steps):
+    "What the first so many steps of a state say"
+    theta, W = state._first_rows(steps)
+    ks, squares = state.ks.double(), W.square()
+    counts, inside = squares.sum(2).mean(1), squares.cumsum(2)[:, :, :-1]  # (m,), (m, p, K)
+    masked = lambda k: torch.einsum('jk,jpk->pk', cut_weights(theta, counts, k), inside).mean(0)
+    low, high = .8*ks, torch.minimum(1.2*ks, torch.tensor(float(state.n)))
+    slope = (masked(high)-masked(low))/(high-low)
+    stderr, half = _sampling(W, cut_weights(theta, counts, ks), slope)
+    whole = W.flatten(1)*W.shape[2]**.5  # a mean over columns is then a sum over rings
+    none = torch.zeros(len(theta), dtype=torch.bool)
+    limit = resolved_count(theta, whole, none, state.block_size)
+    order, total = order_nodes(theta, whole, none)
+    threshold = theta[order[torch.searchsorted(total, ks).clamp(max=len(order)-1)]].abs()
+    return _Reading(masked(ks), stderr, half, masked(torch.full_like(ks, limit)), threshold, limit)
+
+# %% ../nbs/24_masked_start.ipynb #97c953e9
+def _masked_estimate(state):
+    "OverlapEstimate of a state, without the seconds"
+    now, *before = (_read(state, max(1, m)) for m in (state.steps, state.steps*3//4, state.steps//2))
+    ks, limit = state.ks.double(), now.limit
+    change = resolution_error(now.trace, *(b.trace for b in before))
+    low, high = trace_interval(now.trace, now.reached, now.half+2*change, ks, ks, limit, state.n)
+    curve = dict(overlap=now.trace, stderr=now.stderr, resolution=change, low=low, high=high)
+    curve = {name: v/ks for name, v in curve.items()}
+    trusted = is_trusted(curve, state.ks, limit, now.threshold, state)
+    info = dict(method='slq_masked', n=state.n, matvecs=state.matvecs, num_probes=state.num_probes,
+                num_steps=state.steps, exact=0, trusted=trusted, threshold=now.threshold, resolved=limit,
+                state=state, block_bytes=state.X.nbytes, seed=state.seed)
+    return OverlapEstimate(state.ks, **curve, info=info)
 
 # %% ../nbs/24_masked_start.ipynb #fdd5f340
 def overlap_slq_masked(
-    A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
-    order:Tensor, # (n,) int64 permutation, most important first
-    ks:Tensor, # (K,) int64 ascending, between 1 and n - 1: each costs one more column a probe
+    A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
+    order: Tensor,  # (n,) int64 permutation, most important first
+    ks: Tensor,  # (K,) int64 ascending, between 1 and n - 1: each costs one more column a probe
     *,
-    num_probes:int=4, # p, at least 1; blocks have p (K + 1) columns
-    num_steps:int=40, # blocks, at least 4
-    start:ShortLanczos|OverlapEstimate|None=None, # a state or an earlier estimate of the same operator, to go on with
-    save:str|Path|None=None, # file that the state is written to after every step, and taken up from if it is there
-    seed:int, # of the signs
-    progress:bool=False, # a tqdm bar over steps
-)->OverlapEstimate: # info['state'] can be gone on with; info['threshold'] (K,): |λ| at the cut
-    "Overlaps at a few k in the memory of three blocks, by quadrature started from masked random signs; each with a 95% interval"
-    began,state = time.perf_counter(),start.info.get('state') if isinstance(start, OverlapEstimate) else start
-    if num_steps<4: raise ValueError(f'num_steps must be at least 4, got {num_steps}')
+    num_probes: int = 4,  # p, at least 1; blocks have p (K + 1) columns
+    num_steps: int = 40,  # blocks, at least 4
+    start: ShortLanczos | OverlapEstimate | None = None,  # a state or estimate of the same operator, to go on with
+    save: str | Path | None = None,  # file that every step writes the state to, and from which a run is taken up
+    seed: int,  # of the signs
+    progress: bool = False,  # a tqdm bar over steps
+) -> OverlapEstimate:  # info['state'] can be gone on with; info['threshold'] (K,): |λ| at the cut
+    "Overlaps at a few k, with 95% intervals, in three blocks of memory: quadrature started from masked random signs"
+    began = time.perf_counter()
+    state = start.info.get('state') if isinstance(start, OverlapEstimate) else start
+    if num_steps < 4: raise ValueError(f'num_steps must be at least 4, got {num_steps}')
     if state is None and save and Path(save).exists(): state = ShortLanczos.load(save, A)
     if state is None: state = ShortLanczos(A, order, ks, num_probes=num_probes, seed=seed)
     _same_start(state, A, ks, num_probes, seed)
-    for _ in tqdm(range(state.steps, num_steps), desc='quadrature', unit='step', leave=False, disable=not progress):
+    steps = range(state.steps, num_steps)
+    for _ in tqdm(steps, desc='quadrature', unit='step', leave=False, disable=not progress):
         state.step()
         if save: state.save(save)
-    (t,se,half,reached,tau,limit),*before = (_masked_estimate(state, max(1, m)) for m in (state.steps, state.steps*3//4, state.steps//2))
-    ks_,res = state.ks.double(), _resolution(t, *(b[0] for b in before))
-    low,high = _interval(t, reached, half+2*res, ks_, ks_, limit, state.n)
-    e = {name: v/ks_ for name,v in dict(overlap=t, stderr=se, resolution=res, low=low, high=high).items()}
-    info = dict(method='slq_masked', n=state.n, matvecs=state.matvecs, num_probes=state.num_probes, num_steps=state.steps, exact=0, trusted=_trusted(e, state.ks, limit, tau, state), threshold=tau, resolved=limit,
-                state=state, block_bytes=state.X.nbytes, seed=state.seed, seconds=time.perf_counter()-began)
-    est = OverlapEstimate(state.ks, **e, info=info)
-    _warn_unresolved(est)
-    return est
+    estimate = _masked_estimate(state)
+    estimate.info['seconds'] = time.perf_counter()-began
+    warn_unresolved(estimate)
+    return estimate
 
 # %% ../nbs/24_masked_start.ipynb #96a3fe0f
 def _same_start(state, A, ks, num_probes, seed):
     "Raises if a state is not one of these arguments"
-    if not isinstance(state, ShortLanczos): raise ValueError(f'start must be a ShortLanczos, or an estimate of overlap_slq_masked, got {type(state).__name__}')
-    if state.source is not A and state.A is not A: raise ValueError('the state was grown with another operator: load it with this one')
-    for name,was,now in (('ks', state.ks.tolist(), torch.as_tensor(ks).tolist()), ('num_probes', state.num_probes, num_probes), ('seed', state.seed, seed)):
-        if was!=now: raise ValueError(f'the state was begun with {name} = {was}, not {now}')
+    if not isinstance(state, ShortLanczos):
+        raise ValueError('start must be a ShortLanczos, or an estimate of overlap_slq_masked, '
+                         f'got {type(state).__name__}')
+    if state.source is not A and state.A is not A:
+        raise ValueError('the state was grown with another operator: load it with this one')
+    begun = dict(ks=state.ks.tolist(), num_probes=state.num_probes, seed=state.seed)
+    asked = dict(ks=torch.as_tensor(ks).tolist(), num_probes=num_probes, seed=seed)
+    for name, was in begun.items():
+        if was != asked[name]: raise ValueError(f'the state was begun with {name} = {was}, not {asked[name]}')

@@ -4,47 +4,64 @@
 
 # %% ../nbs/31_masks.ipynb #ea6a8388
 from __future__ import annotations
-from typing import Iterable, Mapping
-import numpy as np, torch
-from torch import Tensor, nn
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
 from fastcore.basics import patch
-from .grassmann import _blocks
+from torch import Tensor, nn
+
+from .grassmann import row_blocks
 
 # %% auto #0
 __all__ = ['score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order', 'Partition', 'partition', 'order_within',
-           'Mask', 'order_from_prune', 'mask_from_prune']
+           'Mask', 'check_parts', 'order_from_prune', 'mask_from_prune']
 
 # %% ../nbs/31_masks.ipynb #8ef67a60
 def _named(params):
     "{name: tensor} of the trainable parameters of a model, of a dict, or of a list, whose names are numbers"
-    if isinstance(params, nn.Module): params = {k:p for k,p in params.named_parameters() if p.requires_grad}
-    elif not isinstance(params, Mapping): params = {str(i):p for i,p in enumerate(params)}
+    if isinstance(params, nn.Module): params = {k: p for k, p in params.named_parameters() if p.requires_grad}
+    elif not isinstance(params, Mapping): params = {str(i): p for i, p in enumerate(params)}
     if not params: raise ValueError('params is empty: a generator such as model.parameters() is used up after one pass')
     return params
 
+def _split_flat(flat, params, what):
+    "{name: values} of a flat vector"
+    sizes = [p.numel() for p in params.values()]
+    if flat.shape != (sum(sizes),):
+        raise ValueError(f'{what} has shape {tuple(flat.shape)}, there are {sum(sizes)} parameters')
+    return dict(zip(params, flat.split(sizes)))
+
+def _in_order(values, params, what):
+    "The values of a dict in the order of params"
+    lacks, extra = [k for k in params if k not in values], [k for k in values if k not in params]
+    if lacks or extra:
+        raise ValueError(f"{what} does not fit the parameters: it lacks {lacks or 'none'} "
+                         f"and has {extra or 'nothing'} beside them")
+    return [values[k] for k in params]
+
+# %% ../nbs/31_masks.ipynb #ffa823c4
 def _match(values, params, what):
     "{name: values} in the order of params, every shape compared; a flat vector is split"
-    if params is None: return {'all':values} if isinstance(values, Tensor) else _named(values)
-    want = _named(params)
-    n = sum(p.numel() for p in want.values())
-    if isinstance(values, Tensor):
-        if values.shape!=(n,): raise ValueError(f'{what} has shape {tuple(values.shape)}, there are {n} parameters')
-        return dict(zip(want, values.split([p.numel() for p in want.values()])))
-    if isinstance(values, Mapping):
-        lacks,extra = [k for k in want if k not in values],[k for k in values if k not in want]
-        if lacks or extra: raise ValueError(f"{what} does not fit the parameters: it lacks {lacks or 'none'} and has {extra or 'nothing'} beside them")
-        values = [values[k] for k in want]
-    values = list(values)
-    if len(values)!=len(want): raise ValueError(f'{what} has {len(values)} tensors, there are {len(want)} parameter tensors')
-    for (k,p),v in zip(want.items(), values):
-        if v.shape!=p.shape: raise ValueError(f'{what} of {k} has shape {tuple(v.shape)}, the parameter {tuple(p.shape)}')
-    return dict(zip(want, values))
+    if params is None: return {'all': values} if isinstance(values, Tensor) else _named(values)
+    params = _named(params)
+    if isinstance(values, Tensor): return _split_flat(values, params, what)
+    values = _in_order(values, params, what) if isinstance(values, Mapping) else list(values)
+    if len(values) != len(params):
+        raise ValueError(f'{what} has {len(values)} tensors, there are {len(params)} parameter tensors')
+    for (k, p), v in zip(params.items(), values):
+        if v.shape != p.shape:
+            raise ValueError(f'{what} of {k} has shape {tuple(v.shape)}, the parameter {tuple(p.shape)}')
+    return dict(zip(params, values))
 
 # %% ../nbs/31_masks.ipynb #4a514897
 def _sort_scores(scores, name=''):
     "Indices of scores (n,) in descending order, ties by index; NaN refused"
     nan = torch.isnan(scores)
-    if nan.any(): raise ValueError(f"{int(nan.sum())} of {len(scores)} scores{name and f' of {name}'} are NaN, the first at index {int(nan.nonzero()[0])}")
+    if nan.any():
+        of, first = name and f' of {name}', int(nan.nonzero()[0])
+        raise ValueError(f'{int(nan.sum())} of {len(scores)} scores{of} are NaN, the first at index {first}')
     return scores.argsort(descending=True, stable=True)
 
 def _rank_share(scores, name):
@@ -53,52 +70,62 @@ def _rank_share(scores, name):
     share = (torch.arange(len(scores), device=scores.device, dtype=torch.float64)+.5)/len(scores)
     return torch.empty_like(share).scatter_(0, order, share)
 
+def _normalized(scores):
+    "Scores of a tensor over their root mean square; zeros stay"
+    scores = scores.double()
+    return scores/(scores.square().mean().sqrt() or 1.)
+
+# %% ../nbs/31_masks.ipynb #e5ab5012
 def score_order(
-    scores:Tensor|Iterable[Tensor]|Mapping, # (n,), or tensors shaped like the parameters, in a list or by name; larger is more important
-    params:nn.Module|Iterable[Tensor]|Mapping|None=None, # the model or its parameters, to check names and shapes against and to order a dict by
-    scope:str='global', # 'global', 'layer' or 'normalized': who competes with whom
-)->Tensor: # (n,) int64 permutation, largest score first
+    scores: Tensor | Iterable[Tensor] | Mapping,  # (n,), or tensors shaped like the parameters, in a list or by name
+    # the model or its parameters, to check names and shapes against and to order a dict by
+    params: nn.Module | Iterable[Tensor] | Mapping | None = None,
+    scope: str = 'global',  # 'global', 'layer' or 'normalized': who competes with whom
+) -> Tensor:  # (n,) int64 permutation, largest score first
     "Parameter indices by any score, such as saliency or movement; ties go to the lower index"
-    if scope not in ('global','layer','normalized'): raise ValueError(f"scope must be 'global', 'layer' or 'normalized', got {scope!r}")
-    if scope!='global' and isinstance(scores, Tensor) and params is None: raise ValueError(
-        f'scope={scope!r} needs the list of parameter tensors, or params beside the flat vector, to know the layers')
-    flat = {k:v.detach().reshape(-1) for k,v in _match(scores, params, 'scores').items()}
-    for k,v in flat.items():
-        if torch.isnan(v).any(): _sort_scores(v, '' if k=='all' else k)
-    if scope=='layer': return _sort_scores(-torch.cat([_rank_share(v, k) for k,v in flat.items()]))
-    if scope=='normalized': flat = {k:v.double()/(v.double().square().mean().sqrt() or 1.) for k,v in flat.items()}
+    if scope not in ('global', 'layer', 'normalized'):
+        raise ValueError(f"scope must be 'global', 'layer' or 'normalized', got {scope!r}")
+    if scope != 'global' and isinstance(scores, Tensor) and params is None:
+        raise ValueError(f'scope={scope!r} needs the list of parameter tensors, '
+                         'or params beside the flat vector, to know the layers')
+    flat = {k: v.detach().reshape(-1) for k, v in _match(scores, params, 'scores').items()}
+    for k, v in flat.items():
+        if torch.isnan(v).any(): _sort_scores(v, '' if k == 'all' else k)  # says which
+    if scope == 'layer': return _sort_scores(-torch.cat([_rank_share(v, k) for k, v in flat.items()]))
+    if scope == 'normalized': return _sort_scores(torch.cat([_normalized(v) for v in flat.values()]))
     return _sort_scores(torch.cat(list(flat.values())))
 
 # %% ../nbs/31_masks.ipynb #ba17a138
 def magnitude_order(
-    params:nn.Module|Iterable[Tensor]|Mapping|Tensor, # a model, its parameter tensors, or the flat vector (n,)
-    scope:str='global', # 'global', 'layer' or 'normalized': who competes with whom
-)->Tensor: # (n,) int64 permutation, largest magnitude first
+    params: nn.Module | Iterable[Tensor] | Mapping | Tensor,  # a model, its parameter tensors, or the flat vector (n,)
+    scope: str = 'global',  # 'global', 'layer' or 'normalized': who competes with whom
+) -> Tensor:  # (n,) int64 permutation, largest magnitude first
     "Parameter indices by magnitude |θ_i|; ties go to the lower index"
     if isinstance(params, Tensor): return score_order(params.abs(), scope=scope)
-    return score_order({k:p.detach().abs() for k,p in _named(params).items()}, scope=scope)
+    return score_order({k: p.detach().abs() for k, p in _named(params).items()}, scope=scope)
 
 # %% ../nbs/31_masks.ipynb #0c7188ff
 def random_order(
-    n:int, # number of parameters, at least 1
+    n: int,  # number of parameters, at least 1
     *,
-    seed:int, # at least 0; the same seed gives the same permutation on any device
-)->Tensor: # (n,) int64 permutation, on the CPU
+    seed: int,  # at least 0; the same seed gives the same permutation on any device
+) -> Tensor:  # (n,) int64 permutation, on the CPU
     "A uniformly random permutation of the parameter indices"
-    if n<1: raise ValueError(f'n must be at least 1, got {n}')
+    if n < 1: raise ValueError(f'n must be at least 1, got {n}')
     return torch.from_numpy(np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(n))
 
 # %% ../nbs/31_masks.ipynb #172a4246
 def leverage(
-    U:Tensor, # (n, k) orthonormal columns
-)->Tensor: # (n,) float64 in [0, 1], adding up to k
+    U: Tensor,  # (n, k) orthonormal columns
+) -> Tensor:  # (n,) float64 in [0, 1], adding up to k
     "Leverage ‖U_i‖² of each parameter: the share of its axis that lies in span U"
-    if not isinstance(U, Tensor) or U.dim()!=2: raise ValueError(f'U must be (n, k), got shape {tuple(getattr(U, "shape", ()))}')
-    return torch.cat([U[r].double().square().sum(1) for r in _blocks(*U.shape)])
+    if not isinstance(U, Tensor) or U.dim() != 2:
+        raise ValueError(f'U must be (n, k), got shape {tuple(getattr(U, "shape", ()))}')
+    return torch.cat([U[r].double().square().sum(1) for r in row_blocks(*U.shape)])
 
 def best_order(
-    U:Tensor, # (n, k) orthonormal columns
-)->Tensor: # (n,) int64 permutation, largest leverage ‖U_i‖² first
+    U: Tensor,  # (n, k) orthonormal columns
+) -> Tensor:  # (n,) int64 permutation, largest leverage ‖U_i‖² first
     "Parameter indices by leverage: the first k are the mask of largest overlap with span U"
     return _sort_scores(leverage(U))
 
@@ -106,146 +133,211 @@ def best_order(
 class Partition:
     "n parameters in named groups"
     def __init__(self,
-        names:Iterable[str], # of the groups
-        labels:Tensor, # (n,) int64, the group of each parameter as a position in names
+        names: Iterable[str],  # of the groups
+        labels: Tensor,  # (n,) int64, the group of each parameter as a position in names
     ):
-        names,labels = list(names),torch.as_tensor(labels)
-        if labels.dtype!=torch.int64 or labels.dim()!=1: raise TypeError(f'labels must be (n,) int64, got {labels.dtype} of shape {tuple(labels.shape)}')
-        sizes = labels.bincount(minlength=len(names)) if len(labels) and labels.min()>=0 else torch.zeros(0)
-        if len(sizes)!=len(names): raise ValueError(f'labels must lie between 0 and {len(names)-1}, one for each of the {len(names)} names')
-        keep = sizes>0 # groups without parameters are left out
-        self.names,self.labels = [k for k,o in zip(names, keep.tolist()) if o],(keep.cumsum(0)-1)[labels]
-        self.sizes,self.n = sizes[keep],len(labels)
-    def group(self, name:str)->Tensor: # boolean (n,)
-        "Who belongs to a group"
-        if name not in self.names: raise ValueError(f'there is no group {name!r}; there are {self.names}')
-        return self.labels==self.names.index(name)
-    def sums(self, values:Tensor)->Tensor: # (groups,) float64
-        "Sum over each group of (n,) values"
-        return torch.zeros(len(self.names), dtype=torch.float64, device=values.device).index_add_(0, self.labels.to(values.device), values.double())
+        names, labels = list(names), torch.as_tensor(labels)
+        if labels.dtype != torch.int64 or labels.dim() != 1:
+            raise TypeError(f'labels must be (n,) int64, got {labels.dtype} of shape {tuple(labels.shape)}')
+        valid = len(labels) and labels.min() >= 0
+        sizes = labels.bincount(minlength=len(names)) if valid else torch.zeros(0)
+        if len(sizes) != len(names):
+            raise ValueError(f'labels must lie between 0 and {len(names)-1}, one for each of the {len(names)} names')
+        keep = sizes > 0  # groups without parameters are left out
+        self.names = [name for name, kept in zip(names, keep.tolist()) if kept]
+        self.labels = (keep.cumsum(0)-1)[labels]
+        self.sizes, self.n = sizes[keep], len(labels)
     def __len__(self): return len(self.names)
-    def __repr__(self): return f"Partition({self.n} parameters: {', '.join(f'{k} {s}' for k,s in zip(self.names, self.sizes.tolist()))})"
+    def __repr__(self):
+        sizes = [f'{name} {size}' for name, size in zip(self.names, self.sizes.tolist())]
+        return f"Partition({self.n} parameters: {', '.join(sizes)})"
+
+# %% ../nbs/31_masks.ipynb #c16de4cb
+@patch
+def group(self: Partition,
+    name: str,  # one of names
+) -> Tensor:  # boolean (n,)
+    "Who belongs to a group"
+    if name not in self.names: raise ValueError(f'there is no group {name!r}; there are {self.names}')
+    return self.labels == self.names.index(name)
+
+@patch
+def sums(self: Partition,
+    values: Tensor,  # (n,), one a parameter
+) -> Tensor:  # (groups,) float64
+    "Sum over each group"
+    out = torch.zeros(len(self.names), dtype=torch.float64, device=values.device)
+    return out.index_add_(0, self.labels.to(values.device), values.double())
 
 # %% ../nbs/31_masks.ipynb #68700fef
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 def _kinds(model):
     "weights, biases or norms for each trainable parameter of a model"
-    if not isinstance(model, nn.Module): raise TypeError(f"by='kind' needs the model, to know which layers normalise, got {type(model).__name__}")
-    norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
-    return ['norms' if id(p) in norms else 'biases' if 'bias' in k.split('.')[-1] else 'weights' for k,p in _named(model).items()]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"by='kind' needs the model, to know which layers normalise, got {type(model).__name__}")
+    of_norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
+    def kind(name, p):
+        if id(p) in of_norms: return 'norms'
+        return 'biases' if 'bias' in name.split('.')[-1] else 'weights'
+    return [kind(name, p) for name, p in _named(model).items()]
+
+# %% ../nbs/31_masks.ipynb #1b43b9a1
+def _signs(p):
+    "Position of each sign in positive, negative, zero"
+    not_positive = torch.where(p < 0, 1, 2)
+    return torch.where(p > 0, 0, not_positive).reshape(-1)
 
 def partition(
-    params:nn.Module|Iterable[Tensor]|Mapping, # the model or its parameter tensors; by='kind' needs the model
-    by:str='layer', # 'layer': each parameter tensor; 'kind': weights, biases, norms; 'sign': positive, negative, zero
-)->Partition: # in the order of parameters_to_vector
+    params: nn.Module | Iterable[Tensor] | Mapping,  # the model or its parameter tensors; by='kind' needs the model
+    by: str = 'layer',  # 'layer': parameter tensors; 'kind': weights, biases, norms; 'sign': positive, negative, zero
+) -> Partition:  # in the order of parameters_to_vector
     "The parameters by layer, by kind or by sign"
     named = _named(params)
-    if by=='sign':
-        return Partition(['positive','negative','zero'], torch.cat([torch.where(p>0, 0, torch.where(p<0, 1, 2)).reshape(-1) for p in named.values()]))
-    if by not in ('layer','kind'): raise ValueError(f"by must be 'layer', 'kind' or 'sign', got {by!r}")
-    of = list(named) if by=='layer' else _kinds(params)
-    names = list(dict.fromkeys(of))
-    return Partition(names, torch.tensor([names.index(o) for o in of]).repeat_interleave(torch.tensor([p.numel() for p in named.values()])))
+    if by == 'sign':
+        return Partition(['positive', 'negative', 'zero'], torch.cat([_signs(p) for p in named.values()]))
+    if by not in ('layer', 'kind'): raise ValueError(f"by must be 'layer', 'kind' or 'sign', got {by!r}")
+    groups = list(named) if by == 'layer' else _kinds(params)  # of each tensor
+    names = list(dict.fromkeys(groups))
+    labels = torch.tensor([names.index(group) for group in groups])
+    return Partition(names, labels.repeat_interleave(torch.tensor([p.numel() for p in named.values()])))
 
 # %% ../nbs/31_masks.ipynb #94acadb5
 def order_within(
-    order:Tensor, # (n,) int64 permutation, most important first
-    group:Tensor, # boolean (n,): who comes first
-)->Tensor: # (n,) int64 permutation
+    order: Tensor,  # (n,) int64 permutation, most important first
+    group: Tensor,  # boolean (n,): who comes first
+) -> Tensor:  # (n,) int64 permutation
     "The same ordering with the members of a group in front"
-    if group.dtype!=torch.bool or group.shape!=order.shape: raise ValueError(f'group must be boolean {tuple(order.shape)}, got {group.dtype} {tuple(group.shape)}')
+    if group.dtype != torch.bool or group.shape != order.shape:
+        raise ValueError(f'group must be boolean {tuple(order.shape)}, got {group.dtype} {tuple(group.shape)}')
     member = group.to(order.device)[order]
     return torch.cat([order[member], order[~member]])
 
-# %% ../nbs/31_masks.ipynb #c99b0cdf
+# %% ../nbs/31_masks.ipynb #b1e81ead
+def _from_bool(chosen, n, k):
+    "Number of parameters and sorted indices of a boolean mask"
+    indices = chosen.reshape(-1).nonzero()[:, 0]
+    if n not in (None, chosen.numel()): raise ValueError(f'the mask has {chosen.numel()} entries, expected n = {n}')
+    if k not in (None, len(indices)): raise ValueError(f'the mask has {len(indices)} true entries, expected k = {k}')
+    return chosen.numel(), indices
+
+def _from_indices(chosen, n, k):
+    "Number of parameters and sorted indices of the first k"
+    if n is None: raise ValueError('indices need n, the number of parameters')
+    if k is not None and not 1 <= k <= len(chosen): raise ValueError(f'k must be between 1 and {len(chosen)}, got {k}')
+    return n, chosen[:k].sort().values
+
+def _check_indices(indices, n):
+    if not len(indices): raise ValueError('the mask is empty')
+    if indices[0] < 0 or indices[-1] >= n or (indices[1:] == indices[:-1]).any():
+        raise ValueError(f'indices must be distinct and between 0 and n - 1 = {n-1}')
+
+# %% ../nbs/31_masks.ipynb #18d98d3b
+def _joined(chosen, params):
+    return torch.cat([torch.as_tensor(t).reshape(-1) for t in _match(chosen, params, 'the mask').values()])
+
 class Mask:
     "k of n parameters"
     def __init__(self,
-        chosen:Tensor|Iterable[Tensor]|Mapping, # boolean (n,), boolean tensors shaped like the parameters in a list or by name, or integer indices
-        n:int|None=None, # number of parameters; needed with indices only
-        k:int|None=None, # with indices: take the first k, so that an ordering becomes a mask; with booleans: how many must be true
+        # boolean (n,), boolean tensors shaped like the parameters in a list or by name, or integer indices
+        chosen: Tensor | Iterable[Tensor] | Mapping,
+        n: int | None = None,  # number of parameters; needed with indices only
+        k: int | None = None,  # take the first k indices, so that an ordering becomes a mask; of booleans k are true
         *,
-        params:nn.Module|Iterable[Tensor]|Mapping|None=None, # the model or its parameters: booleans by name are put in its order, shapes are compared
-        parts:Partition|None=None, # groups to print the share of
+        # the model or its parameters: booleans by name are put in its order, shapes are compared
+        params: nn.Module | Iterable[Tensor] | Mapping | None = None,
+        parts: Partition | None = None,  # groups to print the share of
     ):
-        c = chosen if isinstance(chosen, Tensor) and params is None else self._joined(chosen, params)
-        if c.dtype==torch.bool:
-            self.n,idx = c.numel(), c.reshape(-1).nonzero()[:,0]
-            if n not in (None,self.n): raise ValueError(f'the mask has {self.n} entries, expected n = {n}')
-            if k not in (None,len(idx)): raise ValueError(f'the mask has {len(idx)} true entries, expected k = {k}')
-        elif c.dtype==torch.int64 and c.dim()==1:
-            if n is None: raise ValueError('indices need n, the number of parameters')
-            if k is not None and not 1<=k<=len(c): raise ValueError(f'k must be between 1 and {len(c)}, got {k}')
-            self.n,idx = n,c[:k].sort().values
-        else: raise TypeError(f'a mask is made of booleans or int64 indices, got {c.dtype} of shape {tuple(c.shape)}')
-        if not len(idx): raise ValueError('the mask is empty')
-        if idx[0]<0 or idx[-1]>=self.n or (idx[1:]==idx[:-1]).any(): raise ValueError(f'indices must be distinct and between 0 and n - 1 = {self.n-1}')
-        if parts is not None and parts.n!=self.n: raise ValueError(f'the mask is of {self.n} parameters, the partition of {parts.n}')
-        self.indices,self.parts = idx,parts
-    @staticmethod
-    def _joined(chosen, params):
-        return torch.cat([torch.as_tensor(t).reshape(-1) for t in _match(chosen, params, 'the mask').values()])
+        if not isinstance(chosen, Tensor) or params is not None: chosen = _joined(chosen, params)
+        if chosen.dtype == torch.bool: self.n, self.indices = _from_bool(chosen, n, k)
+        elif chosen.dtype == torch.int64 and chosen.dim() == 1: self.n, self.indices = _from_indices(chosen, n, k)
+        else:
+            raise TypeError('a mask is made of booleans or int64 indices, '
+                            f'got {chosen.dtype} of shape {tuple(chosen.shape)}')
+        _check_indices(self.indices, self.n)
+        if parts is not None and parts.n != self.n:
+            raise ValueError(f'the mask is of {self.n} parameters, the partition of {parts.n}')
+        self.parts = parts
     @property
     def k(self): return len(self.indices)
-    def to_bool(self)->Tensor: # (n,)
-        "As booleans, in the order of parameters_to_vector"
-        return torch.zeros(self.n, dtype=torch.bool, device=self.indices.device).index_fill_(0, self.indices, True)
+
+# %% ../nbs/31_masks.ipynb #c99b0cdf
+@patch
+def to_bool(self: Mask) -> Tensor:  # boolean (n,)
+    "As booleans, in the order of parameters_to_vector"
+    out = torch.zeros(self.n, dtype=torch.bool, device=self.indices.device)
+    return out.index_fill_(0, self.indices, True)
 
 # %% ../nbs/31_masks.ipynb #f44eb38c
-def _check_parts(mask, parts):
+def check_parts(
+    mask: Mask,  # of n parameters
+    parts: Partition | None,  # groups of n parameters; None: the mask's own
+) -> Partition:  # of the same parameters as the mask
+    "The groups to cut a mask into, or an error that says what is wrong"
     parts = mask.parts if parts is None else parts
     if parts is None: raise ValueError('the mask has no partition: give parts=partition(model)')
-    if parts.n!=mask.n: raise ValueError(f'the mask is of {mask.n} parameters, the partition of {parts.n}')
+    if parts.n != mask.n: raise ValueError(f'the mask is of {mask.n} parameters, the partition of {parts.n}')
     return parts
 
 @patch
-def counts(self:Mask,
-    parts:Partition|None=None, # None: the mask's own
-)->Tensor: # (groups,) int64
+def counts(self: Mask,
+    parts: Partition | None = None,  # None: the mask's own
+) -> Tensor:  # (groups,) int64
     "How many parameters of each group are in the mask"
-    parts = _check_parts(self, parts)
+    parts = check_parts(self, parts)
     return parts.labels[self.indices.to(parts.labels.device)].bincount(minlength=len(parts))
 
+# %% ../nbs/31_masks.ipynb #7a4848b8
 @patch
-def split(self:Mask,
-    parts:Partition|None=None, # None: the mask's own
-)->dict: # {group: Mask}; groups of which the mask has nothing are left out
+def split(self: Mask,
+    parts: Partition | None = None,  # None: the mask's own
+) -> dict:  # {group: Mask}; groups of which the mask has nothing are left out
     "The mask cut along the groups of a partition"
-    parts = _check_parts(self, parts)
+    parts = check_parts(self, parts)
     labels = parts.labels.to(self.indices.device)[self.indices]
-    return {k:Mask(self.indices[labels==i], n=self.n, parts=self.parts) for i,k in enumerate(parts.names) if (labels==i).any()}
+    pieces = {name: self.indices[labels == i] for i, name in enumerate(parts.names)}
+    return {name: Mask(indices, n=self.n, parts=self.parts) for name, indices in pieces.items() if len(indices)}
 
 @patch
-def __repr__(self:Mask):
+def __repr__(self: Mask):
     head = f'Mask({self.k} of {self.n} parameters, {self.k/self.n:.2%})'
     if self.parts is None: return head
-    width,c = max(map(len, self.parts.names)),self.counts().tolist()
-    return '\n'.join([head, *(f'  {k:<{width}} {a:>8} of {s:>8} {a/s:>8.2%}' for k,a,s in zip(self.parts.names, c, self.parts.sizes.tolist()))])
+    width = max(map(len, self.parts.names))
+    rows = zip(self.parts.names, self.counts().tolist(), self.parts.sizes.tolist())
+    return '\n'.join([head, *(f'  {k:<{width}} {m:>8} of {size:>8} {m/size:>8.2%}' for k, m, size in rows)])
 
 # %% ../nbs/31_masks.ipynb #6b44dd83
 def _pruned(module, names):
     "Magnitudes and survivors of all trainable parameters, flat, in the order of names"
-    params,buffers = _named(module),dict(module.named_buffers())
-    plain = lambda k: k.removesuffix('_orig') if k.removesuffix('_orig')+'_mask' in buffers else k
-    params = {plain(k):p for k,p in params.items()}
-    if not any(k+'_mask' in buffers for k in params): raise ValueError('the module has no tensor pruned by torch.nn.utils.prune (after prune.remove the masks are gone)')
+    buffers = dict(module.named_buffers())
+    masks = {k.removesuffix('_mask'): mask != 0 for k, mask in buffers.items() if k.endswith('_mask')}
+    def plain(name):
+        pruned = name.removesuffix('_orig')
+        return pruned if pruned in masks else name
+    params = {plain(k): p for k, p in _named(module).items()}
+    if not any(k in masks for k in params):
+        raise ValueError('the module has no tensor pruned by torch.nn.utils.prune '
+                         '(after prune.remove the masks are gone)')
     names = list(params) if names is None else list(names)
-    if sorted(names)!=sorted(params): raise ValueError(f'names must hold each of {sorted(params)} once, got {names}')
-    kept = [buffers[k+'_mask']!=0 if k+'_mask' in buffers else torch.ones_like(params[k], dtype=torch.bool) for k in names]
-    return torch.cat([params[k].detach().abs().reshape(-1) for k in names]), torch.cat([m.reshape(-1) for m in kept])
+    if sorted(names) != sorted(params): raise ValueError(f'names must hold each of {sorted(params)} once, got {names}')
+    magnitudes = [params[k].detach().abs().reshape(-1) for k in names]
+    kept = [masks.get(k, torch.ones_like(params[k], dtype=torch.bool)).reshape(-1) for k in names]
+    return torch.cat(magnitudes), torch.cat(kept)
 
+# %% ../nbs/31_masks.ipynb #ab574fec
 def order_from_prune(
-    module:nn.Module, # pruned by torch.nn.utils.prune, masks not yet removed
-    names:Iterable[str]|None=None, # parameter names of the unpruned model, in its order; None: the order of module.parameters() as it is now
-)->Tensor: # (n,) int64 permutation: survivors first, each part by magnitude
+    module: nn.Module,  # pruned by torch.nn.utils.prune, masks not yet removed
+    # parameter names of the unpruned model, in its order; None: the order of module.parameters() as it is now
+    names: Iterable[str] | None = None,
+) -> Tensor:  # (n,) int64 permutation: survivors first, each part by magnitude
     "Parameter indices by what torch.nn.utils.prune has kept; parameters that it did not touch have survived"
-    mags,kept = _pruned(module, names)
-    return order_within(_sort_scores(mags), kept)
+    magnitudes, kept = _pruned(module, names)
+    return order_within(_sort_scores(magnitudes), kept)
 
 def mask_from_prune(
-    module:nn.Module, # pruned by torch.nn.utils.prune, masks not yet removed
-    names:Iterable[str]|None=None, # parameter names of the unpruned model, in its order; None: the order of module.parameters() as it is now
-)->Mask: # the survivors
+    module: nn.Module,  # pruned by torch.nn.utils.prune, masks not yet removed
+    # parameter names of the unpruned model, in its order; None: the order of module.parameters() as it is now
+    names: Iterable[str] | None = None,
+) -> Mask:  # the survivors
     "What torch.nn.utils.prune has kept, as a mask"
     return Mask(_pruned(module, names)[1])

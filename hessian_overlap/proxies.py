@@ -4,14 +4,17 @@
 
 # %% ../nbs/34_proxies.ipynb #64905cec
 from __future__ import annotations
+
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from .linop import aslinearoperator
-from .synthmat import column_noise
-from .curvature import CurvatureOperator, _is_pair
+
+from .curvature import CurvatureOperator
 from .ggn import GGNLinearOperator
+from .linop import aslinearoperator
 from .masks import Mask, score_order
+from .synthmat import column_noise
 
 # %% auto #0
 __all__ = ['Proxy', 'gradient_proxy', 'sam_proxy', 'ggn_diagonal', 'ggn_proxy', 'sketch_diagonal', 'h2_proxy']
@@ -20,128 +23,161 @@ __all__ = ['Proxy', 'gradient_proxy', 'sam_proxy', 'ggn_diagonal', 'ggn_proxy', 
 @dataclass(frozen=True, eq=False, repr=False)
 class Proxy:
     "A score for every parameter, in place of its leverage"
-    name:str # for tables and figures
-    scores:Tensor # (n,) at least 0, larger is more important
-    gradients:float # price, in gradients of the loss over the data; a Hessian-vector product counts as two
+    name: str  # for tables and figures
+    scores: Tensor  # (n,) at least 0, larger is more important
+    gradients: float  # price, in gradients of the loss over the data; a Hessian-vector product counts as two
     def __post_init__(self):
         s = self.scores
-        if s.dim()!=1 or not torch.isfinite(s).all() or (s<0).any() or not s.any(): raise ValueError(
-            f'{self.name}: scores must be (n,), finite, not negative and not all zero, got shape {tuple(s.shape)} from {s.min().item():.3g} to {s.max().item():.3g}')
+        if s.dim() != 1 or not torch.isfinite(s).all() or (s < 0).any() or not s.any():
+            got = f'shape {tuple(s.shape)} from {s.min().item():.3g} to {s.max().item():.3g}'
+            raise ValueError(f'{self.name}: scores must be (n,), finite, not negative and not all zero, got {got}')
     @property
-    def order(self): return score_order(self.scores) # (n,) int64 permutation, most important first
+    def order(self): return score_order(self.scores)  # (n,) int64 permutation, most important first
     def overlap(self,
-        mask:Mask, # m of n parameters
-    )->Tensor: # scalar in [0, 1], float64; chance level m/n
+        mask: Mask,  # m of n parameters
+    ) -> Tensor:  # scalar in [0, 1], float64; chance level m/n
         "Importance-weighted overlap Σ_mask s / Σ s: the share of all importance that the mask holds"
-        if mask.n!=len(self.scores): raise ValueError(f'the mask is of {mask.n} parameters, the scores of {len(self.scores)}')
+        if mask.n != len(self.scores):
+            raise ValueError(f'the mask is of {mask.n} parameters, the scores of {len(self.scores)}')
         s = self.scores.double()
         return s[mask.indices.to(s.device)].sum()/s.sum()
     def __repr__(self): return f'Proxy({self.name}: {len(self.scores)} scores for {self.gradients:g} gradients)'
 
 # %% ../nbs/34_proxies.ipynb #a55f4301
 def gradient_proxy(
-    H:CurvatureOperator, # of the model, the loss and the data
-)->Proxy: # for one gradient
+    H: CurvatureOperator,  # of the model, the loss and the data
+) -> Proxy:  # for one gradient
     "Gradient magnitude |∂L/∂θ_i|"
     return Proxy('gradient magnitude', H.gradient.detach().abs(), 1)
 
 # %% ../nbs/34_proxies.ipynb #fa4a7f6b
 def _gradient_at(H, theta):
     "Loss and gradient over all of the operator's batches at other parameters"
-    theta,total,loss = theta.detach().requires_grad_(),torch.zeros_like(theta),0.
-    for batch,w in zip(H._joined(), H._shares):
+    theta = theta.detach().requires_grad_()
+    total = torch.zeros_like(theta)
+    loss = 0.
+    for batch, w in zip(H._joined(), H._shares):
         with torch.enable_grad():
             value = H._loss(theta, batch)[0]
             total += w*torch.autograd.grad(value, theta, materialize_grads=True)[0]
         loss += w*value.item()
-    return loss,total
+    return loss, total
 
 def sam_proxy(
-    H:CurvatureOperator, # of the model, the loss and the data
-    rho:float=.05, # length of the step, in the norm of θ, positive
-    part:str='loss', # 'loss': each parameter's share of the change of loss; 'curvature': of its second-order part
-)->Proxy: # for two gradients
+    H: CurvatureOperator,  # of the model, the loss and the data
+    rho: float = .05,  # length of the step, in the norm of θ, positive
+    part: str = 'loss',  # 'loss': each parameter's share of the change of loss; 'curvature': of its second-order part
+) -> Proxy:  # for two gradients
     "Share of each parameter in the loss change L(θ + ρ g/‖g‖) - L(θ) of a SAM step (Foret et al. 2021), by magnitude"
-    if part not in ('loss','curvature'): raise ValueError(f"part must be 'loss' or 'curvature', got {part!r}")
-    if not rho>0: raise ValueError(f'rho must be positive, got {rho}')
+    if part not in ('loss', 'curvature'): raise ValueError(f"part must be 'loss' or 'curvature', got {part!r}")
+    if not rho > 0: raise ValueError(f'rho must be positive, got {rho}')
     g = H.gradient.detach()
     step = rho*g/g.norm()
     there = _gradient_at(H, H.theta+step)[1]
-    name = f"SAM loss change, ρ = {rho:g}" if part=='loss' else f"SAM curvature, ρ = {rho:g}"
-    return Proxy(name, (step*(there+g if part=='loss' else there-g)/2).abs(), 2)
+    if part == 'loss': return Proxy(f'SAM loss change, ρ = {rho:g}', (step*(there+g)/2).abs(), 2)
+    return Proxy(f'SAM curvature, ρ = {rho:g}', (step*(there-g)/2).abs(), 2)
 
 # %% ../nbs/34_proxies.ipynb #4a2841ee
+def _output_gradients(G, batch, out):
+    "(N, C) gradient of the batch's loss in the outputs of each sample, to be differentiated again"
+    loss = G.loss_func(out, batch[1])
+    g = torch.autograd.grad(loss, out, create_graph=True, materialize_grads=True)[0]
+    return g.reshape(len(out), -1)
+
 def _output_roots(G, batch, out):
     "R (N, C, C) with R Rᵀ the Hessian of the batch's loss in the outputs of each sample"
     out = out.detach().requires_grad_()
-    with torch.enable_grad(): g = torch.autograd.grad(G.loss_func(out, batch[1]), out, create_graph=True, materialize_grads=True)[0].reshape(len(out), -1)
-    if not g.requires_grad: return torch.zeros(*g.shape, g.shape[1], dtype=g.dtype, device=g.device)
-    rows = [torch.autograd.grad(g[:,c].sum(), out, retain_graph=True, materialize_grads=True)[0].reshape(g.shape) for c in range(g.shape[1])]
-    lam,V = torch.linalg.eigh(torch.stack(rows, 1).double())
-    if lam.min()<-1e-4*lam.abs().max(): raise ValueError(f'the loss is not convex in the outputs (curvature {lam.min().item():.2g}): its Gauss-Newton matrix has no such diagonal')
-    return (V*lam.clamp(min=0).sqrt()[:,None]).to(out.dtype)
+    with torch.enable_grad(): g = _output_gradients(G, batch, out)
+    N, C = g.shape
+    if not g.requires_grad: return torch.zeros(N, C, C, dtype=g.dtype, device=g.device)
+    rows = []
+    for c in range(C):
+        row = torch.autograd.grad(g[:, c].sum(), out, retain_graph=True, materialize_grads=True)[0]
+        rows.append(row.reshape(N, C))
+    lam, V = torch.linalg.eigh(torch.stack(rows, 1).double())
+    if lam.min() < -1e-4*lam.abs().max():
+        convexity = f'the loss is not convex in the outputs (curvature {lam.min().item():.2g})'
+        raise ValueError(f'{convexity}: its Gauss-Newton matrix has no such diagonal')
+    return (V*lam.clamp(min=0).sqrt()[:, None]).to(out.dtype)
 
+# %% ../nbs/34_proxies.ipynb #346d7655
 def _exact_diagonal(G, batch, R):
     "Σ over samples and columns of (Jᵀ R)², samples in chunks"
-    (x,y),theta = batch,G.theta
-    if not isinstance(x, Tensor): raise TypeError(f'the exact diagonal goes sample by sample and needs inputs in one tensor, got {type(x).__name__}: give probes')
+    x, y = batch
+    theta = G.theta
+    if not isinstance(x, Tensor):
+        raise TypeError('the exact diagonal goes sample by sample and needs inputs in one tensor, '
+                        f'got {type(x).__name__}: give probes')
     def squares(x, y, R):
-        out,back = torch.func.vjp(lambda t: G._loss(t, (x[None],y[None]))[1][0], theta)
+        out, back = torch.func.vjp(lambda t: G._loss(t, (x[None], y[None]))[1][0], theta)
         return torch.func.vmap(lambda r: back(r.reshape(out.shape))[0])(R.mT).square().sum(0)
     step = max(1, 2**25//(R.shape[2]*len(theta)))
-    return sum(torch.func.vmap(squares)(*c).sum(0) for c in zip(x.split(step), y.split(step), R.split(step)))
+    chunks = zip(x.split(step), y.split(step), R.split(step))
+    return sum(torch.func.vmap(squares)(*chunk).sum(0) for chunk in chunks)
+
+# %% ../nbs/34_proxies.ipynb #9fe42c5b
+def _probed_diagonals(out, theta, R, columns, seed):
+    "(Jᵀ R z)² for random sign vectors z, one a column of noise"
+    for column in columns:
+        z = column_noise(R[:, :, 0].numel(), [column], seed=seed, dtype=R.dtype, device=R.device)
+        Rz = (R @ z.reshape(*R.shape[:2], 1)).reshape(out.shape)
+        yield torch.autograd.grad(out, theta, Rz, retain_graph=True)[0].square()
 
 # %% ../nbs/34_proxies.ipynb #a5b9a985
 def ggn_diagonal(
-    G:GGNLinearOperator, # of the model, the loss and the data; the loss of a batch is a mean or sum over its samples
+    G: GGNLinearOperator,  # of the model, the loss and the data; a batch's loss is a mean or sum over its samples
     *,
-    probes:int|None=None, # random sign vectors, at least 1, each for one gradient; None: exact, for as many gradients as a sample has outputs
-    seed:int|None=None, # of the signs; needed with probes
-)->Tensor: # (n,) at least 0, in the dtype of the operator
+    probes: int | None = None,  # random sign vectors, ≥ 1, a gradient each; None: exact, a gradient for each output
+    seed: int | None = None,  # of the signs; needed with probes
+) -> Tensor:  # (n,) at least 0, in the dtype of the operator
     "Diagonal of the generalised Gauss-Newton matrix, exact or estimated without bias from its factors"
     if not isinstance(G, GGNLinearOperator): raise TypeError(f'G must be a GGNLinearOperator, got {type(G).__name__}')
-    if probes is not None and (probes<1 or seed is None): raise ValueError(f'probes = {probes} and seed = {seed}: at least one probe, and a seed, are needed')
-    total,groups = torch.zeros_like(G.theta),len(G._shares)
-    for b,(batch,w) in enumerate(zip(G._joined(), G._shares)):
+    if probes is not None and (probes < 1 or seed is None):
+        raise ValueError(f'probes = {probes} and seed = {seed}: at least one probe, and a seed, are needed')
+    total, groups = torch.zeros_like(G.theta), len(G._shares)
+    for b, (batch, w) in enumerate(zip(G._joined(), G._shares)):
         theta = G.theta.requires_grad_(probes is not None)
         with torch.set_grad_enabled(probes is not None): out = G._loss(theta, batch)[1]
         R = _output_roots(G, batch, out)
-        if probes is None: total += w*_exact_diagonal(G, batch, R)
-        else:
-            for p in range(probes):
-                z = column_noise(R[:,:,0].numel(), [p*groups+b], seed=seed, dtype=R.dtype, device=R.device).reshape(*R.shape[:2],1)
-                total += w/probes*torch.autograd.grad(out, theta, (R @ z).reshape(out.shape), retain_graph=True)[0].square()
+        if probes is None:
+            total += w*_exact_diagonal(G, batch, R)
+            continue
+        columns = range(b, probes*groups, groups)
+        for d in _probed_diagonals(out, theta, R, columns, seed): total += w/probes*d
     return total
 
+# %% ../nbs/34_proxies.ipynb #65103a87
+def _named(what, probes): return f"{what}, {probes} probe{'s'*(probes > 1)}"
+
 def ggn_proxy(
-    G:GGNLinearOperator, # of the model, the loss and the data
+    G: GGNLinearOperator,  # of the model, the loss and the data
     *,
-    probes:int|None=None, # as in ggn_diagonal
-    seed:int|None=None, # of the signs; needed with probes
-)->Proxy: # for as many gradients as probes, or as outputs of a sample
+    probes: int | None = None,  # as in ggn_diagonal
+    seed: int | None = None,  # of the signs; needed with probes
+) -> Proxy:  # for as many gradients as probes, or as outputs of a sample
     "Diagonal of the generalised Gauss-Newton matrix"
     d = ggn_diagonal(G, probes=probes, seed=seed)
-    if probes is not None: return Proxy(f"GGN diagonal, {probes} probe{'s'*(probes>1)}", d, probes)
+    if probes is not None: return Proxy(_named('GGN diagonal', probes), d, probes)
     batch = next(G._joined())
     with torch.no_grad(): outputs = G._loss(G.theta, batch)[1].numel()//len(batch[1])
     return Proxy('GGN diagonal, exact', d, outputs)
 
 # %% ../nbs/34_proxies.ipynb #b203f25c
 def sketch_diagonal(
-    Y:Tensor, # (n, p) sketch A Ω, the entries of Ω independent with mean 0 and variance 1
-)->Tensor: # (n,) at least 0, estimate of the diagonal of A Aᵀ
+    Y: Tensor,  # (n, p) sketch A Ω, the entries of Ω independent with mean 0 and variance 1
+) -> Tensor:  # (n,) at least 0, estimate of the diagonal of A Aᵀ
     "Mean square of each row of a sketch, an unbiased estimate of the diagonal of A Aᵀ; for symmetric A of A²"
-    if Y.dim()!=2: raise ValueError(f'Y must be (n, p), got shape {tuple(Y.shape)}')
+    if Y.dim() != 2: raise ValueError(f'Y must be (n, p), got shape {tuple(Y.shape)}')
     return Y.square().mean(1)
 
 def h2_proxy(
-    A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
+    A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     *,
-    probes:int=10, # random sign vectors, at least 1, each for one product
-    seed:int, # of the signs
-)->Proxy: # for two gradients a probe
+    probes: int = 10,  # random sign vectors, at least 1, each for one product
+    seed: int,  # of the signs
+) -> Proxy:  # for two gradients a probe
     "Diagonal of A², estimated from the row norms of a sketch with random signs"
     A = aslinearoperator(A)
-    if probes<1: raise ValueError(f'probes must be at least 1, got {probes}')
+    if probes < 1: raise ValueError(f'probes must be at least 1, got {probes}')
     Y = A @ column_noise(A.shape[1], range(probes), seed=seed, dtype=A.dtype, device=A.device)
-    return Proxy(f"diagonal of H², {probes} probe{'s'*(probes>1)}", sketch_diagonal(Y), 2*probes)
+    return Proxy(_named('diagonal of H²', probes), sketch_diagonal(Y), 2*probes)

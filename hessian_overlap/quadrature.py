@@ -4,320 +4,494 @@
 
 # %% ../nbs/23_quadrature.ipynb #46cdd0bf
 from __future__ import annotations
-import math, time, warnings, torch
+
+import math
+import time
+import warnings
 from typing import NamedTuple
+
+import torch
+from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
-from fastcore.basics import patch
-from .krylov import BlockLanczos, _resume
-from .sketch import _check_problem
+
+from .krylov import BlockLanczos, resume_state
+from .sketch import check_problem
 
 # %% auto #0
-__all__ = ['SpectralDensity', 'spectral_density', 'OverlapEstimate', 'resolved', 'cut_nodes', 'overlap_slq']
+__all__ = ['SpectralDensity', 'ritz_quadrature', 'node_counts', 'spectral_density', 'OverlapEstimate', 'cut_weights',
+           'MaskedTraces', 'masked_traces', 'order_nodes', 'resolved_count', 'resolved', 'cut_nodes',
+           'student_quantile', 'sampling_error', 'reading_columns', 'resolution_error', 'trace_interval', 'check_slq',
+           'is_trusted', 'warn_unresolved', 'overlap_slq']
 
 # %% ../nbs/23_quadrature.ipynb #e0cbcaaa
 class SpectralDensity(NamedTuple):
     "Nodes that stand for the eigenvalues of an (n, n) symmetric operator"
-    n:int # size of the operator
-    nodes:Tensor # (m,) float64, ascending
-    counts:Tensor # (m, p) float64: of how many eigenvalues a node is, according to each probe; 1 where exact
-    exact:Tensor # (m,) bool: the node is an eigenvalue, to its residual
-    info:dict # matvecs, num_probes, num_steps, state, ...
-    def __repr__(self): return f"SpectralDensity(n = {self.n}: {int(self.exact.sum())} eigenvalues and {int((~self.exact).sum())} nodes for the rest, {self.counts.shape[1]} probes, {self.info['matvecs']} matvecs)"
+    n: int  # size of the operator
+    nodes: Tensor  # (m,) float64, ascending
+    counts: Tensor  # (m, p) float64: of how many eigenvalues a node is, according to each probe; 1 where exact
+    exact: Tensor  # (m,) bool: the node is an eigenvalue, to its residual
+    info: dict  # matvecs, num_probes, num_steps, state, ...
+    def __repr__(self):
+        exact, rest = int(self.exact.sum()), int((~self.exact).sum())
+        return (f'SpectralDensity(n = {self.n}: {exact} eigenvalues and {rest} nodes for the rest, '
+                f"{self.counts.shape[1]} probes, {self.info['matvecs']} matvecs)")
 
-def _exact(theta, res, W):
-    "Which Ritz pairs are eigenpairs: residuals small against the cell of nodes around and the value, weights (m, p) that one eigenvector can have"
-    (m,p),i,x = W.shape, torch.arange(len(theta)), math.log(1e4)
-    lo,hi = (i-p).clamp(min=0), (i+p).clamp(max=m-1)
-    cell = (theta[hi]-theta[lo])*p/(hi-lo).clamp(min=1)
-    return (res<=.3*cell) & (res<=.05*theta.abs()) & (W.square().mean(1)<=1+2*(x/p)**.5+2*x/p)
+# %% ../nbs/23_quadrature.ipynb #c286d306
+def _is_eigenpair(theta, residuals, W):
+    "Ritz pairs with residuals small against cell and value, and weights (m, p) that one eigenvector can have"
+    m, p = W.shape
+    at = torch.arange(m)
+    first, last = (at-p).clamp(min=0), (at+p).clamp(max=m-1)
+    cell = (theta[last]-theta[first])*p/(last-first).clamp(min=1)
+    x = math.log(1e4)  # an eigenvector's weights are larger with a probability of e⁻ˣ at most
+    plausible = W.square().mean(1) <= 1+2*(x/p)**.5+2*x/p
+    return (residuals <= .3*cell) & (residuals <= .05*theta.abs()) & plausible
 
-def _quadrature(state, columns):
-    "Ritz values, coefficients, probe weights (columns, p), and which pairs are converged, from the first so many columns of a state"
-    theta,F,res = state.ritz(columns)
+def ritz_quadrature(
+    state: BlockLanczos,  # grown from p random signs
+    columns: int | None = None,  # m, the first so many columns of its basis; None: all that were multiplied
+) -> tuple:  # (m,) nodes ascending, (m, m) coefficients, (m, p) weights W, (m,) bool: an eigenpair; on the CPU
+    "Quadrature of the probes' spectral measures: Ritz values, and what each is to each probe"
+    theta, F, residuals = state.ritz(columns)
     W = state._weights(F)
-    return theta, F, W, _exact(theta, res, W)
+    return theta, F, W, _is_eigenpair(theta, residuals, W)
 
+def node_counts(
+    W: Tensor,  # (m, p) probe weights of nodes
+    exact: Tensor,  # (m,) bool: the node is an eigenvalue
+) -> Tensor:  # (m,) float64, at least 0
+    "Of how many eigenvalues each node is: 1 where exact, else its squared weight on the average over probes"
+    return torch.where(exact, 1., W.square().mean(1))
+
+# %% ../nbs/23_quadrature.ipynb #8eda2a66
 def _grow_probes(A, num_probes, num_steps, seed, start, progress, least=1, **kw):
     "A state with at least so many steps"
-    op,n = _check_problem(A, 1)
-    if not least<=num_probes<=n: raise ValueError(f'num_probes must be between {least} and n = {n}, got {num_probes}')
-    if num_steps<4: raise ValueError(f'num_steps must be at least 4, got {num_steps}')
-    state = BlockLanczos(op, num_probes, seed=seed, **kw) if start is None else _resume(start, A, op)
-    if state is None: raise ValueError(f'start must be a BlockLanczos, or a result that holds one, of the same operator, got {type(start).__name__}')
+    op, n = check_problem(A, 1)
+    if not least <= num_probes <= n:
+        raise ValueError(f'num_probes must be between {least} and n = {n}, got {num_probes}')
+    if num_steps < 4: raise ValueError(f'num_steps must be at least 4, got {num_steps}')
+    if start is None: state = BlockLanczos(op, num_probes, seed=seed, **kw)
+    else: state = resume_state(start, A, op)
+    if state is None:
+        raise ValueError('start must be a BlockLanczos, or a result that holds one, of the same operator, '
+                         f'got {type(start).__name__}')
     state.source = A
-    for _ in tqdm(range(state.steps, num_steps), desc='quadrature', unit='step', leave=False, disable=not progress):
-        if state.size+2*state.newest>n or state.exhausted: break # the space is spanned: eigsh is the better question
+    steps = range(state.steps, num_steps)
+    for _ in tqdm(steps, desc='quadrature', unit='step', leave=False, disable=not progress):
+        if state.size+2*state.newest > n or state.exhausted: break  # the space is spanned: eigsh is the better question
         state.step()
     return state
 
 # %% ../nbs/23_quadrature.ipynb #02ca2a91
 def spectral_density(
-    A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
+    A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     *,
-    num_probes:int=8, # random-sign probes, at least 2; errors fall with their root
-    num_steps:int=40, # products of each probe, at least 4; the resolution in λ grows with them
-    start:BlockLanczos|None=None, # a state to go on with; None: a new one
-    basis_dtype:torch.dtype|None=None, # as in eigsh
-    basis_place=None, # as in eigsh
-    seed:int, # of the probes
-    progress:bool=False, # a tqdm bar over steps
-)->SpectralDensity: # for all of the spectrum
-    "How many eigenvalues lie where, by block Lanczos quadrature with exact leading pairs (Ubaru, Chen and Saad 2017; Chen and Hallman 2023)"
-    state = _grow_probes(A, num_probes, num_steps, seed, start, progress, least=2, basis_dtype=basis_dtype, basis_place=basis_place)
-    theta,F,W,exact = _quadrature(state, state.size-state.newest)
-    counts = torch.where(exact[:,None], 1., W.square())
-    return SpectralDensity(state.n, theta, counts, exact, dict(matvecs=state.matvecs, num_probes=counts.shape[1], num_steps=state.steps, seed=state.seed, state=state))
+    num_probes: int = 8,  # random-sign probes, at least 2; errors fall with their root
+    num_steps: int = 40,  # products of each probe, at least 4; the resolution in λ grows with them
+    start: BlockLanczos | None = None,  # a state to go on with; None: a new one
+    basis_dtype: torch.dtype | None = None,  # as in eigsh
+    basis_place=None,  # as in eigsh
+    seed: int,  # of the probes
+    progress: bool = False,  # a tqdm bar over steps
+) -> SpectralDensity:  # for all of the spectrum
+    "How many eigenvalues lie where, by block Lanczos quadrature (Ubaru, Chen and Saad 2017; Chen and Hallman 2023)"
+    basis = dict(basis_dtype=basis_dtype, basis_place=basis_place)
+    state = _grow_probes(A, num_probes, num_steps, seed, start, progress, least=2, **basis)
+    theta, F, W, exact = ritz_quadrature(state)
+    counts = torch.where(exact[:, None], 1., W.square())
+    info = dict(matvecs=state.matvecs, num_probes=counts.shape[1], num_steps=state.steps, seed=state.seed, state=state)
+    return SpectralDensity(state.n, theta, counts, exact, info)
 
 # %% ../nbs/23_quadrature.ipynb #d6d32a40
 def _mean_error(x): return x.mean(-1), x.std(-1)/x.shape[-1]**.5
 
 @patch
-def count(self:SpectralDensity,
-    tau:float, # in units of λ
-    signed:bool=False, # count by λ instead of |λ|
-)->tuple[float,float]: # number of eigenvalues, and its standard error
+def count(self: SpectralDensity,
+    tau: float,  # in units of λ
+    signed: bool = False,  # count by λ instead of |λ|
+) -> tuple[float, float]:  # number of eigenvalues, and its standard error
     "Number of eigenvalues with |λ| at least tau, or with λ at least tau"
-    m,e = _mean_error(self.counts[(self.nodes if signed else self.nodes.abs())>=tau].sum(0))
-    return m.item(), e.item()
+    size = self.nodes if signed else self.nodes.abs()
+    mean, error = _mean_error(self.counts[size >= tau].sum(0))
+    return mean.item(), error.item()
 
 @patch
-def threshold(self:SpectralDensity,
-    k:float, # between 0 and n, exclusive
-)->tuple[float,float,float]: # τ, and the ends of an interval of two standard errors around it
+def threshold(self: SpectralDensity,
+    k: float,  # between 0 and n, exclusive
+) -> tuple[float, float, float]:  # τ, and the ends of an interval of two standard errors around it
     "The |λ| that k eigenvalues exceed"
-    if not 0<k<self.n: raise ValueError(f'k must be between 0 and n = {self.n}, got {k}')
-    o = self.nodes.abs().argsort(descending=True)
-    m,e = _mean_error(self.counts[o].cumsum(0))
-    at = lambda c: self.nodes[o[min(len(o)-1, int((c<k).sum()))]].abs().item()
-    return at(m), at(m-2*e), at(m+2*e)
+    if not 0 < k < self.n: raise ValueError(f'k must be between 0 and n = {self.n}, got {k}')
+    order = self.nodes.abs().argsort(descending=True)
+    mean, error = _mean_error(self.counts[order].cumsum(0))
+    at = lambda counts: self.nodes[order[min(len(order)-1, int((counts < k).sum()))]].abs().item()
+    return at(mean), at(mean-2*error), at(mean+2*error)
 
+# %% ../nbs/23_quadrature.ipynb #0cb6c69e
 @patch(as_prop=True)
-def width(self:SpectralDensity)->float: # in units of λ
-    "Standard deviation that density smooths with by itself: range of the nodes over twice the number of steps, which is what quadrature resolves"
-    return ((self.nodes[-1]-self.nodes[0])/(2*self.info['num_steps'])).item()
+def width(self: SpectralDensity) -> float:  # in units of λ
+    "Standard deviation that density smooths with by itself: range of the nodes over twice the number of steps"
+    return ((self.nodes[-1]-self.nodes[0])/(2*self.info['num_steps'])).item()  # which is what quadrature resolves
 
 @patch
-def density(self:SpectralDensity,
-    x:Tensor, # (g,) where, in units of λ
-    width:float|None=None, # standard deviation of the Gaussians; None: width
-)->Tensor: # (g,) float64, per unit of λ; its integral is 1
+def density(self: SpectralDensity,
+    x: Tensor,  # (g,) where, in units of λ
+    width: float | None = None,  # standard deviation of the Gaussians; None: width
+) -> Tensor:  # (g,) float64, per unit of λ; its integral is 1
     "Density of eigenvalues, smoothed"
     width = width or self.width
-    G = torch.exp(-((x.double()[:,None]-self.nodes)/width)**2/2)/(width*math.sqrt(2*math.pi))
+    G = torch.exp(-((x.double()[:, None]-self.nodes)/width)**2/2)/(width*math.sqrt(2*math.pi))
     return G @ self.counts.mean(1)/self.counts.mean(1).sum()
 
 # %% ../nbs/23_quadrature.ipynb #152446fb
 class OverlapEstimate(NamedTuple):
     "Overlaps of the first k parameters of an ordering with the k leading eigenvectors, estimated"
-    ks:Tensor # (K,) int64
-    overlap:Tensor # (K,) float64
-    stderr:Tensor # (K,) float64: sampling; of a single probe, a bound
-    resolution:Tensor # (K,) float64: change with the number of steps
-    low:Tensor # (K,) float64, lower end of the interval, at least 0
-    high:Tensor # (K,) float64, upper end, at most 1
-    info:dict # matvecs, num_probes, num_steps, exact, trusted (resolved, for each k), threshold (|λ| at the cut), resolved (the largest such k), state, groups, ...
+    ks: Tensor  # (K,) int64
+    overlap: Tensor  # (K,) float64
+    stderr: Tensor  # (K,) float64: sampling; of a single probe, a bound
+    resolution: Tensor  # (K,) float64: change with the number of steps
+    low: Tensor  # (K,) float64, lower end of the interval, at least 0
+    high: Tensor  # (K,) float64, upper end, at most 1
+    # trusted (K,): is it resolved; resolved: the largest such k; threshold (K,): |λ| at the cut;
+    # matvecs, num_probes, num_steps, exact, state, groups, ...
+    info: dict
     def __repr__(self):
-        i = min(len(self.ks)-1, len(self.ks)//2)
+        n, i = self.info['n'], min(len(self.ks)-1, len(self.ks)//2)
         bad = int((~self.info['trusted']).sum())
-        return (f"OverlapEstimate({len(self.ks)} values of k from {self.ks[0]} to {self.ks[-1]}; at k = {self.ks[i]}: {self.overlap[i]:.4f} in [{self.low[i]:.4f}, {self.high[i]:.4f}], "
-                f"chance {self.ks[i]/self.info['n']:.4f}; {self.info['matvecs']} matvecs" + (f'; NOT RESOLVED at {bad} of {len(self.ks)}' if bad else '') + ')')
+        said = f'; NOT RESOLVED at {bad} of {len(self.ks)}' if bad else ''
+        return (f'OverlapEstimate({len(self.ks)} values of k from {self.ks[0]} to {self.ks[-1]}; '
+                f'at k = {self.ks[i]}: {self.overlap[i]:.4f} in [{self.low[i]:.4f}, {self.high[i]:.4f}], '
+                f"chance {self.ks[i]/n:.4f}; {self.info['matvecs']} matvecs{said})")
 
-def _cuts(theta, counts, ks):
-    "f (m, K) in [0, 1]: the nodes of largest magnitude, until their counts add up to each k"
-    o = theta.abs().argsort(descending=True)
-    c,f = counts[o], torch.empty(len(theta), len(ks), dtype=torch.float64)
-    f[o] = ((ks - (c.cumsum(0)-c)[:,None])/c[:,None].clamp(min=1e-300)).clamp(0, 1)
+# %% ../nbs/23_quadrature.ipynb #38465495
+def cut_weights(
+    theta: Tensor,  # (m,) nodes
+    counts: Tensor,  # (m,) of how many eigenvalues each is
+    ks: Tensor,  # (K,) where to cut, between 0 and n
+) -> Tensor:  # (m, K) float64 in [0, 1]
+    "Weights of the nodes: 1 for the largest magnitudes, until their counts add up to k"
+    order = theta.abs().argsort(descending=True)
+    sorted_counts = counts[order]
+    before = sorted_counts.cumsum(0)-sorted_counts
+    f = torch.empty(len(theta), len(ks), dtype=torch.float64)
+    f[order] = ((ks-before[:, None])/sorted_counts[:, None].clamp(min=1e-300)).clamp(0, 1)
     return f
 
+# %% ../nbs/23_quadrature.ipynb #6e464bf6
+def _cut_vectors(state, columns, ks):
+    "Coefficients of exact vectors (m, E), their f (E, K), coefficients of sampled ones (m, K p), and their N (K, p, p)"
+    theta, F, W, exact = ritz_quadrature(state, columns)
+    f, rest = cut_weights(theta, node_counts(W, exact), ks), ~exact
+    sampled = torch.einsum('cj,jk,ji->cki', F[:, rest], f[rest].sqrt(), W[rest]).flatten(1)
+    N = torch.einsum('ji,jk,jl->kil', W[rest], f[rest], W[rest])
+    place = dict(device=state.A.device, dtype=state.A.dtype)
+    return F[:, exact].to(**place), f[exact], sampled.to(**place), N
+
 # %% ../nbs/23_quadrature.ipynb #f11285d6
-def _pairs(Y, cell, size):
+def _products(Y, cell, size):
     "Products of the columns (r, K, p) of each k, added up over rows of equal cell: (size, K, p, p)"
     out = Y.new_zeros(size, Y.shape[1], Y.shape[2], Y.shape[2])
     rows = cell.argsort(stable=True)
-    for c,part in zip(range(size), rows.split(cell.bincount(minlength=size).tolist())):
+    for c, part in zip(range(size), rows.split(cell.bincount(minlength=size).tolist())):
         y = Y[part].transpose(0, 1)
         out[c] = y.transpose(1, 2) @ y
     return out
 
-def _sums(state, columns, ranks, sizes, ks, groups):
-    "For each ordering, added up over its first m parameters: squares of the exact vectors (M, G, |E|), of the sampled ones of each k, on average over probes (M, G, K), and the products of these (M, K, p, p); and f, E, and counts (K, p, p)"
-    theta,F,W,E = _quadrature(state, columns)
-    f = _cuts(theta, torch.where(E, 1., W.square().mean(1)), ks)
-    M,K,p,G = len(sizes), len(ks), W.shape[1], int(groups.max())+1
-    dt,dev,f64 = state.A.dtype, state.A.device, torch.float64
-    sampled = torch.einsum('cj,jk,ji->cki', F[:,~E], f[~E].sqrt(), W[~E]).reshape(columns, K*p).to(dev, dt)
-    exact = F[:,E].to(dev, dt)
-    out = [(torch.zeros(M+1, G, exact.shape[1], dtype=f64, device=dev), torch.zeros(M+1, G, K, dtype=f64, device=dev), torch.zeros(M+1, K, p, p, dtype=f64, device=dev)) for _ in ranks]
-    for lo,P in state.basis.strips(columns):
-        U,Y = (P.T @ exact).double().square(), (P.T @ sampled).double().view(-1, K, p)
-        mean = Y.square().mean(2)
-        for rank,(X,S,B) in zip(ranks, out): # rows of equal bucket and group add up
-            bucket = torch.bucketize(rank[lo:lo+P.shape[1]], sizes, right=True).to(dev)
-            cell = bucket*G + groups[lo:lo+P.shape[1]].to(dev)
-            X.flatten(0, 1).index_add_(0, cell, U)
-            S.flatten(0, 1).index_add_(0, cell, mean)
-            B += _pairs(Y, bucket, M+1)
-    N = torch.einsum('ji,jk,jl->kil', W[~E], f[~E], W[~E])
-    return [tuple(v.cpu()[:M].cumsum(0) for v in sums) for sums in out], f, E, N
+def _sums(state, exact, sampled, p, places, sizes, labels):
+    "Of each ordering: squares (M, G, E), mean squares (M, G, K) and products (M, K, p, p) of its first m parameters"
+    M, G, K, device = len(sizes), int(labels.max())+1, sampled.shape[1]//p, state.A.device
+    zeros = lambda *shape: torch.zeros(M+1, *shape, dtype=torch.float64, device=device)
+    out = [(zeros(G, exact.shape[1]), zeros(G, K), zeros(K, p, p)) for _ in places]
+    for lo, P in state.basis.strips(len(exact)):
+        rows = slice(lo, lo+P.shape[1])
+        U, Y = (P.T @ exact).double().square(), (P.T @ sampled).double().view(-1, K, p)
+        means = Y.square().mean(2)
+        for place, (squares, mean_squares, products) in zip(places, out):  # rows of equal bucket and group add up
+            bucket = torch.bucketize(place[rows], sizes, right=True).to(device)
+            cell = bucket*G + labels[rows].to(device)
+            squares.flatten(0, 1).index_add_(0, cell, U)
+            mean_squares.flatten(0, 1).index_add_(0, cell, means)
+            products += _products(Y, bucket, M+1)
+    return [tuple(v.cpu()[:M].cumsum(0) for v in sums) for sums in out]
 
-def _traces(state, columns, ranks, sizes, ks, groups):
-    "For each ordering tr(M P) of every size, k and group (M, K, G), and the products of its sampled part (M, K, p, p); their counts (K, p, p); and the number of exact pairs"
-    sums,f,E,N = _sums(state, columns, ranks, sizes, ks, groups)
-    return [(torch.einsum('mge,ek->mkg', X, f[E]) + S.transpose(1, 2), B) for X,S,B in sums], N, int(E.sum())
+# %% ../nbs/23_quadrature.ipynb #9b4befa8
+class MaskedTraces(NamedTuple):
+    "Traces tr(M P) of O orderings, M mask sizes, K cuts and G groups, and what their sampling error is read from"
+    traces: Tensor  # (O, M, K, G) float64
+    products: Tensor  # (O, M, K, p, p) float64: S of the sampled part
+    counts: Tensor  # (K, p, p) float64: N of the sampled part
+    exact: int  # number of exact pairs
+
+def masked_traces(
+    state: BlockLanczos,  # grown from p random signs
+    columns: int,  # the first so many columns of its basis
+    places: list,  # of each ordering (n,) int64: where in it each parameter stands
+    sizes: Tensor,  # (M,) int64 mask sizes, ascending
+    ks: Tensor,  # (K,) where to cut the spectrum, between 0 and n
+    labels: Tensor,  # (n,) int64 from 0: the group of each parameter
+) -> MaskedTraces:  # on the CPU
+    "tr(M P) for every mask size, cut and group, in one pass over the basis"
+    exact, f, sampled, N = _cut_vectors(state, columns, ks)
+    sums = _sums(state, exact, sampled, N.shape[-1], places, sizes, labels)
+    traces = [torch.einsum('mge,ek->mkg', squares, f) + means.transpose(1, 2) for squares, means, _ in sums]
+    return MaskedTraces(torch.stack(traces), torch.stack([S for *_, S in sums]), N, exact.shape[1])
 
 # %% ../nbs/23_quadrature.ipynb #95495c72
-def _order_nodes(theta, W, E):
-    "Nodes by magnitude, the largest first: their positions, and of how many eigenvalues they and those before them are"
-    o = theta.abs().argsort(descending=True)
-    return o, torch.where(E, 1., W.square().mean(1))[o].cumsum(0)
+def order_nodes(
+    theta: Tensor,  # (m,) nodes
+    W: Tensor,  # (m, p) their probe weights
+    exact: Tensor,  # (m,) bool: the node is an eigenvalue
+) -> tuple[Tensor, Tensor]:  # (m,) positions in theta; (m,) eigenvalues counted up to there, float64
+    "Nodes by magnitude, the largest first"
+    order = theta.abs().argsort(descending=True)
+    return order, node_counts(W, exact)[order].cumsum(0)
 
-def _resolved(theta, W, E, block):
-    "Number of eigenvalues up to the last node that is resolved: an exact one with exact ones before it only, or one with 1.5 blocks of nodes between it and zero"
-    o,C = _order_nodes(theta, W, E)
-    at = max(len(o)-math.ceil(1.5*block), int(E[o].long().cumprod(0).sum()))
-    return C[at-1].item() if at>0 else 0.
+def resolved_count(
+    theta: Tensor,  # (m,) nodes
+    W: Tensor,  # (m, p) their probe weights
+    exact: Tensor,  # (m,) bool: the node is an eigenvalue
+    block: int,  # columns of a block
+) -> float:  # between 0 and n
+    "Number of eigenvalues up to the last node that is resolved"
+    order, total = order_nodes(theta, W, exact)
+    leading = int(exact[order].long().cumprod(0).sum())  # eigenvalues with nothing else before them
+    last = max(len(order)-math.ceil(1.5*block), leading)
+    return total[last-1].item() if last > 0 else 0.
 
+# %% ../nbs/23_quadrature.ipynb #3171250b
 def resolved(
-    state:BlockLanczos, # info['state'] of overlap_slq
-)->float: # between 0 and n
-    "The largest k at which the spectrum can be cut: 1.5 blocks of nodes lie between the cut and zero, or all before it are eigenvalues"
-    theta,_,W,E = _quadrature(state, state.size-state.newest)
-    return _resolved(theta, W, E, state.block_size)
+    state: BlockLanczos,  # info['state'] of overlap_slq
+) -> float:  # between 0 and n
+    "The largest k to cut at: 1.5 blocks of nodes lie between the cut and zero, or all before it are eigenvalues"
+    theta, _, W, exact = ritz_quadrature(state)
+    return resolved_count(theta, W, exact, state.block_size)
 
 def cut_nodes(
-    state:BlockLanczos, # info['state'] of overlap_slq
-    ks, # (K,) ranks between 1 and n - 1, ascending
-)->Tensor: # (K,) float64
+    state: BlockLanczos,  # info['state'] of overlap_slq
+    ks,  # (K,) ranks between 1 and n - 1, ascending
+) -> Tensor:  # (K,) float64
     "The eigenvalue, or the node that stands for some, at which k of the largest magnitude are counted"
-    theta,_,W,E = _quadrature(state, state.size-state.newest)
-    o,C = _order_nodes(theta, W, E)
-    return theta[o[torch.searchsorted(C, torch.as_tensor(ks).double()).clamp(max=len(o)-1)]]
+    theta, _, W, exact = ritz_quadrature(state)
+    order, total = order_nodes(theta, W, exact)
+    return theta[order[torch.searchsorted(total, torch.as_tensor(ks).double()).clamp(max=len(order)-1)]]
 
 # %% ../nbs/23_quadrature.ipynb #f5ac163c
-def _student(df):
+def student_quantile(
+    df: int,  # degrees of freedom, at least 1
+) -> float:  # 1.96 for many
+    "97.5% quantile of Student's t"
     from scipy.stats import t
     return t.ppf(.975, df)
 
-def _readings(state):
-    "All columns that were multiplied, three quarters and half of them, in whole blocks"
-    full,b = state.size-state.newest, state.block_size
+def sampling_error(
+    parts: list,  # of each state, products S and N (..., p, p) of its p probes
+) -> tuple[Tensor, Tensor]:  # (...,) standard error, and half the width of the 95% interval
+    "Sampling error of a trace that is the mean over all probes of all states"
+    trace = lambda C: C.diagonal(dim1=-2, dim2=-1).sum(-1)
+    probes, df, squares, most = 0, 0, 0., 0.
+    for S, N in parts:
+        p, c = S.shape[-1], trace(S)/trace(N).clamp(min=1e-12)
+        squares = squares + (S-c[..., None, None]*N).square().sum((-2, -1))
+        most = most + 2*trace(N)/p*(c*(1-c)).clamp(min=0)/len(parts)
+        df += (p-1)*(p+2)//2
+        probes += p
+    bound = (most/probes).sqrt()
+    if df == 0: return bound, 1.96*bound
+    error = (squares/df/probes).sqrt()
+    return error, torch.minimum(student_quantile(df)*error, 1.96*bound)
+
+# %% ../nbs/23_quadrature.ipynb #eeb5005b
+def reading_columns(
+    state: BlockLanczos,  # with at least one block multiplied
+) -> tuple[int, int, int]:  # in whole blocks
+    "All columns that were multiplied, three quarters and half of them"
+    full, b = state.size-state.newest, state.block_size
     return full, max(b, full*3//4//b*b), max(b, full//2//b*b)
 
-def _resolution(now, after_3_4, after_1_2):
-    "What the steps do not resolve: the change since three quarters of them, or a third of that since half of them, as large if errors fall with the number of steps"
+def resolution_error(
+    now: Tensor,  # (...,) a trace from all steps
+    after_3_4: Tensor,  # (...,) from three quarters of them
+    after_1_2: Tensor,  # (...,) from half of them
+) -> Tensor:  # (...,) at least 0
+    "What is not resolved: the change since 3/4 of them or a third of that since half: equal if errors are as 1/m"
     return torch.maximum((now-after_3_4).abs(), (now-after_1_2).abs()/3)
 
-def _sampling(parts):
-    "Standard error of a trace that is the mean over all probes of all states, and half the width of its 95% interval, from each state's products and counts (..., p, p)"
-    trace = lambda C: C.diagonal(dim1=-2, dim2=-1).sum(-1)
-    p,df,squares,most = 0,0,0.,0.
-    for B,N in parts:
-        q,c = B.shape[-1], trace(B)/trace(N).clamp(min=1e-12)
-        squares,df,p = squares+(B-c[...,None,None]*N).square().sum((-2, -1)), df+(q-1)*(q+2)//2, p+q
-        most = most + 2*trace(N)/q*(c*(1-c)).clamp(min=0)/len(parts)
-    bound = (most/p).sqrt()
-    if df==0: return bound, 1.96*bound
-    se = (squares/df/p).sqrt()
-    return se, torch.minimum(_student(df)*se, 1.96*bound)
-
-def _interval(trace, reached, half, sizes, ks, limit, n):
-    "Ends of an interval for tr(M P_k): the estimate and its half-width; beyond the limit what is possible, of what was reached there"
-    low,high,beyond = trace-half, trace+half, ks>limit
-    least,most = torch.maximum(reached-half, sizes+ks-n), torch.minimum(reached+half+ks-limit, torch.minimum(sizes, ks))
-    return torch.where(beyond, torch.minimum(low, least), low).clamp(min=0), torch.minimum(torch.where(beyond, torch.maximum(high, most), high), torch.minimum(sizes, ks))
+# %% ../nbs/23_quadrature.ipynb #d44204f3
+def trace_interval(
+    trace: Tensor,  # (...,) estimate of tr(M P_k)
+    reached: Tensor,  # (...,) estimate at the largest resolved k
+    half: Tensor,  # (...,) half-width where resolved
+    sizes: Tensor,  # (...,) float64 sizes of the masks
+    ks: Tensor,  # (...,) float64 k
+    limit: float,  # the largest resolved k
+    n: int,  # number of parameters
+) -> tuple[Tensor, Tensor]:  # (...,) lower ends, at least 0; (...,) upper ends, at most sizes and ks
+    "Ends of an interval for tr(M P_k); beyond the limit what is possible, given what was reached there"
+    low, high, largest = trace-half, trace+half, torch.minimum(sizes, ks)
+    least_possible = torch.maximum(reached-half, sizes+ks-n)
+    most_possible = torch.minimum(reached+half+ks-limit, largest)
+    low = torch.where(ks > limit, torch.minimum(low, least_possible), low)
+    high = torch.where(ks > limit, torch.maximum(high, most_possible), high)
+    return low.clamp(min=0), torch.minimum(high, largest)
 
 # %% ../nbs/23_quadrature.ipynb #a5c78d41
-def _estimate(states, order_ranks, ks, groups):
-    "Pooled over states: for each ordering a dict of overlap, stderr, resolution, low, high and groups (K, G); the largest resolved k; the number of exact pairs"
-    limit,K,n,ks = min(resolved(s) for s in states), len(ks), states[0].n, ks.double()
-    cuts = torch.cat([ks, torch.tensor([limit], dtype=torch.float64)])
-    reads = [[_traces(s, c, order_ranks, ks.long(), cuts, groups) for s,c in zip(states, columns)] for columns in zip(*map(_readings, states))]
-    now,out,diagonal = reads[0],[],torch.arange(K)
-    for r in range(len(order_ranks)):
-        T,*before = (torch.stack([read[0][r][0] for read in one]).mean(0) for one in reads) # (K, K+1, G)
-        t,res = T[diagonal,diagonal].sum(1), _resolution(*(v.sum(2)[diagonal,diagonal] for v in (T, *before)))
-        se,half = _sampling([(read[0][r][1][diagonal,diagonal], read[1][:K]) for read in now])
-        low,high = _interval(t, T[:,K].sum(1), half+2*res, ks, ks, limit, n)
-        out.append(dict(overlap=t/ks, stderr=se/ks, resolution=res/ks, low=low/ks, high=high/ks, groups=T[diagonal,diagonal]/ks[:,None]))
-    return out, limit, now[0][2]
+def _curve(traces, samples, ks, limit, n):
+    "overlap, stderr, resolution, low, high and groups, from three traces (K, K+1, G) and each state's S and N"
+    at = torch.arange(len(ks))  # mask size and rank are the same
+    trace, *before = (T[at, at].sum(1) for T in traces)
+    change = resolution_error(trace, *before)
+    error, half = sampling_error([(S[at, at], N[:-1]) for S, N in samples])
+    reached = traces[0][:, -1].sum(1)
+    low, high = trace_interval(trace, reached, half+2*change, ks, ks, limit, n)
+    curve = dict(overlap=trace, stderr=error, resolution=change, low=low, high=high)
+    return {name: v/ks for name, v in curve.items()} | dict(groups=traces[0][at, at]/ks[:, None])
+
+def _estimate(states, places, ks, labels):
+    "Pooled over states: the `_curve` of each ordering; the largest resolved k; the number of exact pairs"
+    limit = min(resolved(s) for s in states)
+    cuts = torch.cat([ks.double(), torch.tensor([limit], dtype=torch.float64)])
+    reads = [[masked_traces(s, m, places, ks.long(), cuts, labels) for s, m in zip(states, columns)]
+             for columns in zip(*map(reading_columns, states))]
+    means = [torch.stack([read.traces for read in one]).mean(0) for one in reads]  # (O, K, K+1, G) each
+    found = []
+    for i in range(len(places)):
+        samples = [(read.products[i], read.counts) for read in reads[0]]
+        found.append(_curve([T[i] for T in means], samples, ks.double(), limit, states[0].n))
+    return found, limit, reads[0][0].exact
 
 # %% ../nbs/23_quadrature.ipynb #02098e23
-def _check_slq(n, order, ks, groups):
-    "Orderings by name, their ranks, ks and groups"
+def _places(order, n, name):
+    "(n,) int64: where in an ordering each parameter stands"
+    fits = isinstance(order, Tensor) and order.dtype == torch.int64 and order.shape == (n,)
+    if not fits or (order.cpu().bincount(minlength=n) != 1).any():
+        which = f', {name!r} does not' if name else ''
+        raise ValueError(f'an ordering must hold each of the {n} parameter indices once{which}')
+    return torch.empty(n, dtype=torch.int64).scatter_(0, order.cpu(), torch.arange(n))
+
+def check_slq(
+    n: int,  # number of parameters
+    order: Tensor | dict[str, Tensor],  # (n,) int64 permutation, most important first; several by name
+    ks: Tensor | None,  # (K,) int64 ascending, between 1 and n - 1; None: 20 from n/1000 to n/2
+    groups: Tensor | None,  # (n,) int64 labels from 0; None: one group
+) -> tuple[list, list, Tensor, Tensor]:  # names, places of the parameters in each ordering, ks, labels; int64
+    "Orderings, ks and groups as `masked_traces` takes them, or an error that says what is wrong"
     orders = order if isinstance(order, dict) else {'': order}
-    ranks = []
-    for name,o in orders.items():
-        if not isinstance(o, Tensor) or o.dtype!=torch.int64 or o.shape!=(n,) or (o.cpu().bincount(minlength=n)!=1).any(): raise ValueError(f'an ordering must hold each of the {n} parameter indices once{f", {name!r} does not" if name else ""}')
-        rank = torch.empty(n, dtype=torch.int64)
-        rank[o.cpu()] = torch.arange(n)
-        ranks.append(rank)
+    places = [_places(o, n, name) for name, o in orders.items()]
     if ks is None: ks = torch.logspace(math.log10(max(1, n/1000)), math.log10(n/2), 20).round().long().unique()
     ks = torch.as_tensor(ks)
-    if ks.dim()!=1 or not len(ks) or ks.dtype!=torch.int64 or ks[0]<1 or ks[-1]>=n or (ks.diff()<=0).any(): raise ValueError(f'ks must be integers that ascend between 1 and n - 1 = {n-1}')
-    g = torch.zeros(n, dtype=torch.int64) if groups is None else groups.cpu()
-    if g.shape!=(n,) or g.dtype!=torch.int64 or g.min()<0: raise ValueError(f'groups must be ({n},) int64 labels from 0')
-    return list(orders), ranks, ks, g
+    fits = ks.dim() == 1 and len(ks) and ks.dtype == torch.int64
+    if not fits or ks[0] < 1 or ks[-1] >= n or (ks.diff() <= 0).any():
+        raise ValueError(f'ks must be integers that ascend between 1 and n - 1 = {n-1}')
+    labels = torch.zeros(n, dtype=torch.int64) if groups is None else groups.cpu()
+    if labels.shape != (n,) or labels.dtype != torch.int64 or labels.min() < 0:
+        raise ValueError(f'groups must be ({n},) int64 labels from 0')
+    return list(orders), places, ks, labels
 
 # %% ../nbs/23_quadrature.ipynb #b2c72e3e
-def _trusted(e, ks, limit, tau, state):
-    "Whether each estimate is resolved: the cut is, the steps agree within the scatter or a twentieth, and the cut is above what rounding does to A"
-    basis = getattr(state, 'basis', None) # if it is rounded, so is its asymmetry, of which Rayleigh and Ritz know
-    floor = max(0. if basis is not None and basis.lossy else state.noise, 4*torch.finfo(state.A.dtype).eps*state.scale)
-    agree = e['resolution']<=torch.maximum(3*e['stderr'], .05*torch.maximum(e['overlap'], ks/state.n))
-    return agree & (ks<=limit) & (tau.abs()>=floor)
+def is_trusted(
+    e: dict,  # overlap, stderr and resolution, (K,) each
+    ks: Tensor,  # (K,) int64
+    limit: float,  # the largest resolved k
+    tau: Tensor,  # (K,) |λ| at the cut
+    state,  # BlockLanczos or ShortLanczos: for what rounding does to A
+) -> Tensor:  # (K,) bool
+    "Whether each estimate is resolved: the cut is, the steps agree, and the cut is above what rounding does to A"
+    basis = getattr(state, 'basis', None)
+    # if the basis is rounded, so is its asymmetry, of which Rayleigh and Ritz know
+    noise = 0. if basis is not None and basis.lossy else state.noise
+    floor = max(noise, 4*torch.finfo(state.A.dtype).eps*state.scale)
+    agree = e['resolution'] <= torch.maximum(3*e['stderr'], .05*torch.maximum(e['overlap'], ks/state.n))
+    return agree & (ks <= limit) & (tau.abs() >= floor)
+
+# %% ../nbs/23_quadrature.ipynb #d34e159f
+def warn_unresolved(
+    e: OverlapEstimate,  # with info['trusted'] and info['resolved']
+    name: str = '',  # of its ordering
+):
+    "Warns where an estimate is not resolved, at the caller of the function that made it"
+    bad = e.ks[~e.info['trusted']]
+    if not len(bad): return
+    of = f' of {name!r}' if name else ''
+    warnings.warn(f'the overlap{of} is not resolved at {len(bad)} of {len(e.ks)} values of k, '
+                  f"first at k = {bad[0]}: the nodes resolve cuts up to k = {e.info['resolved']:.0f}; raise num_steps",
+                  RuntimeWarning, stacklevel=3)
+
+# %% ../nbs/23_quadrature.ipynb #b7ed4ae1
+def _shared_info(states, ks, limit, exact):
+    "What all orderings of a run have in common"
+    first = states[0]
+    return dict(method='slq', n=first.n, matvecs=sum(s.matvecs for s in states),
+                num_probes=sum(s.block_size for s in states), num_steps=first.steps, exact=exact,
+                threshold=cut_nodes(first, ks).abs(), resolved=limit,
+                basis_bytes=sum(s.basis.nbytes for s in states), state=first)
 
 # %% ../nbs/23_quadrature.ipynb #3a74c082
 def overlap_slq(
-    A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
-    order:Tensor|dict[str,Tensor], # (n,) int64 permutation, most important first; several by name
-    ks:Tensor|None=None, # (K,) int64 ascending, between 1 and n - 1; None: 20 from n/1000 to n/2, evenly in the logarithm
+    A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
+    order: Tensor | dict[str, Tensor],  # (n,) int64 permutation, most important first; several by name
+    ks: Tensor | None = None,  # (K,) int64 ascending, in 1..n-1; None: 20 from n/1000 to n/2, evenly in the logarithm
     *,
-    num_probes:int=8, # columns of a block, at least 1; few of them and more steps where n is large
-    num_steps:int=40, # blocks, at least 4
-    tol:float|None=None, # half-width of the interval over the estimate, or over chance if that is more, at every k: adds steps and probes until it is met; None: no more
-    max_matvecs:int|None=None, # limit on products where tol is given; None: ten times num_probes num_steps
-    groups:Tensor|None=None, # (n,) int64 labels from 0: layers, say, to split the overlap over
-    start=None, # a BlockLanczos of the same operator, or an earlier estimate, to go on with; of several states that tol made, the first
-    basis_dtype:torch.dtype|None=None, # as in eigsh
-    basis_place=None, # as in eigsh
-    seed:int, # of the probes
-    progress:bool=False, # a tqdm bar over steps
-)->OverlapEstimate|dict[str,OverlapEstimate]: # one for every ordering
+    num_probes: int = 8,  # columns of a block, at least 1; few of them and more steps where n is large
+    num_steps: int = 40,  # blocks, at least 4
+    # half-width of the interval over the estimate, or over chance if that is more, at every k:
+    # adds steps and probes until it is met; None: no more
+    tol: float | None = None,
+    max_matvecs: int | None = None,  # limit on products where tol is given; None: ten times num_probes num_steps
+    groups: Tensor | None = None,  # (n,) int64 labels from 0: layers, say, to split the overlap over
+    start=None,  # a BlockLanczos of the same operator or an earlier estimate to go on with (of its states, the first)
+    basis_dtype: torch.dtype | None = None,  # as in eigsh
+    basis_place=None,  # as in eigsh
+    seed: int,  # of the probes
+    progress: bool = False,  # a tqdm bar over steps
+) -> OverlapEstimate | dict[str, OverlapEstimate]:  # one for every ordering
     "Overlap curve by exact leading pairs and block Lanczos quadrature for the rest, with 95% intervals"
-    began,n = time.perf_counter(),_check_problem(A, 1)[1]
-    names,ranks,ks,g = _check_slq(n, order, ks, groups)
-    kw = dict(basis_dtype=basis_dtype, basis_place=basis_place)
+    began, n = time.perf_counter(), check_problem(A, 1)[1]
+    names, places, ks, labels = check_slq(n, order, ks, groups)
+    basis = dict(basis_dtype=basis_dtype, basis_place=basis_place)
     if isinstance(start, OverlapEstimate): start = start.info['state']
-    states = [_grow_probes(A, num_probes, num_steps, seed, start, progress, **kw)]
-    read = _estimate(states, ranks, ks, g)
-    if tol is not None: states,read = _refine(A, states, read, ranks, ks, g, tol, max_matvecs or 10*num_probes*num_steps, progress, kw)
-    (found,limit,exact),first,cuts,out = read, states[0], cut_nodes(states[0], ks).abs(), {}
-    same = dict(method='slq', n=n, matvecs=sum(s.matvecs for s in states), num_probes=sum(s.block_size for s in states), num_steps=first.steps, exact=exact, threshold=cuts, resolved=limit,
-                basis_bytes=sum(s.basis.nbytes for s in states), state=first, seed=seed, seconds=time.perf_counter()-began)
-    for name,e in zip(names, found):
-        info = same | dict(trusted=_trusted(e, ks, limit, cuts, first), groups=e.pop('groups'))
+    states = [_grow_probes(A, num_probes, num_steps, seed, start, progress, **basis)]
+    read = _estimate(states, places, ks, labels)
+    if tol is not None:
+        most = max_matvecs or 10*num_probes*num_steps
+        states, read = _refine(A, states, read, places, ks, labels, tol, most, progress, basis)
+    found, limit, exact = read
+    shared = _shared_info(states, ks, limit, exact) | dict(seed=seed, seconds=time.perf_counter()-began)
+    out = {}
+    for name, e in zip(names, found):
+        trusted = is_trusted(e, ks, limit, shared['threshold'], states[0])
+        info = shared | dict(trusted=trusted, groups=e.pop('groups'))
         out[name] = OverlapEstimate(ks, **e, info=info)
-        _warn_unresolved(out[name], name)
+        warn_unresolved(out[name], name)
     return out if isinstance(order, dict) else out['']
 
-def _warn_unresolved(e, name=''):
-    bad = e.ks[~e.info['trusted']]
-    if len(bad): warnings.warn(f"the overlap{f' of {name!r}' if name else ''} is not resolved at {len(bad)} of {len(e.ks)} values of k, first at k = {bad[0]}: the nodes resolve cuts up to k = {e.info['resolved']:.0f}; raise num_steps", RuntimeWarning, stacklevel=3)
-
 # %% ../nbs/23_quadrature.ipynb #528237f6
-def _refine(A, states, read, ranks, ks, groups, tol, max_matvecs, progress, kw):
+def _widest(found, chance):
+    "The largest of all orderings and k, over the estimate or chance: twice the change with steps, and half-width"
+    change, half = 0., 0.
+    for e in found:
+        scale = torch.maximum(e['overlap'], chance)
+        change = max(change, (2*e['resolution']/scale).max().item())
+        half = max(half, ((e['high']-e['low'])/2/scale).max().item())
+    return change, half
+
+# %% ../nbs/23_quadrature.ipynb #cd0c6385
+def _refine(A, states, read, places, ks, labels, tol, max_matvecs, progress, basis):
     "More steps or more probes, until every interval is narrower than tol times its estimate"
     while True:
-        (found,limit,_),s = read, states[0]
-        largest = lambda part: max((part(e)/torch.maximum(e['overlap'], ks/s.n)).max().item() for e in found)
-        change,halves = largest(lambda e: 2*e['resolution']), largest(lambda e: (e['high']-e['low'])/2)
-        if halves<=tol: return states, read
-        coarse = ks[-1]>limit or change>=halves/2
-        more_steps,extra = coarse and s.size+2*s.newest<=s.n, math.ceil(s.steps/4)
-        if sum(t.matvecs for t in states)+(len(states)*s.block_size*extra if more_steps else s.matvecs)>max_matvecs:
-            warnings.warn(f'intervals of {halves:.1%} of the estimate instead of {tol:.1%} after {sum(t.matvecs for t in states)} matvecs; raise max_matvecs', RuntimeWarning, stacklevel=3)
+        (found, limit, _), first = read, states[0]
+        change, half = _widest(found, ks/first.n)
+        if half <= tol: return states, read
+        coarse = ks[-1] > limit or change >= half/2
+        more_steps, extra = coarse and first.size+2*first.newest <= first.n, math.ceil(first.steps/4)
+        spent = sum(s.matvecs for s in states)
+        needed = len(states)*first.block_size*extra if more_steps else first.matvecs
+        if spent+needed > max_matvecs:
+            warnings.warn(f'intervals of {half:.1%} of the estimate instead of {tol:.1%} after {spent} matvecs; '
+                          'raise max_matvecs', RuntimeWarning, stacklevel=3)
             return states, read
-        if more_steps: states = [_grow_probes(A, s.block_size, s.steps+extra, t.seed, t, progress) for t in states]
-        else: states = states + [_grow_probes(A, s.block_size, s.steps, s.seed+2**32*len(states), None, progress, **kw)]
-        read = _estimate(states, ranks, ks, groups)
+        if more_steps:
+            states = [_grow_probes(A, first.block_size, first.steps+extra, s.seed, s, progress) for s in states]
+        else:
+            seed = first.seed+2**32*len(states)
+            states = [*states, _grow_probes(A, first.block_size, first.steps, seed, None, progress, **basis)]
+        read = _estimate(states, places, ks, labels)

@@ -7,23 +7,28 @@ __all__ = ['SCHEMA', 'ARRAYS', 'TABLES', 'INTERVALS', 'SPREAD', 'ALL', 'RecordEr
            'table_row', 'table_note', 'write_atomic', 'npz_bytes', 'compare']
 
 # %% ../nbs/40_record.ipynb #ab29afd0
-import hashlib, io, json, os
+import hashlib
+import io
+import json
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
 import numpy as np
 from fastcore.basics import patch
+
 from . import __version__
 from .tables import chance_std
 
 # %% ../nbs/40_record.ipynb #01de786f
 SCHEMA = 2   # of the files; raised when their meaning changes. What version 1 can say, eigenpairs for all of 1..k, is written as version 1
-ARRAYS = dict(ks=("K", np.int64), steps=("S", np.int64), train_loss=("S", np.float64), train_acc=("S", np.float64), test_loss=("S", np.float64), test_acc=("S", np.float64),
-              eigvals=("S P K", np.float64), residuals=("S P K", np.float64), magnitude=("S P K", np.float64), random=("S P R K", np.float64),
-              best=("S P K", np.float64), matvecs=("S P", np.int64), seconds=("S P", np.float64), converged=("S P", np.bool_))
-TABLES = dict(sizes=("M", np.int64), ranks=("Q", np.int64), overlaps=("S P O M Q", np.float64), layers=("S P O M Q L", np.float32), layer_sizes=("L", np.int64),
-              available=("S P Q L", np.float64), variance=("S P K", np.float64), extra=("S P X K", np.float64))   # all of them or none: older records have none
-INTERVALS = dict(low=("S P J K", np.float64), high=("S P J K", np.float64), trusted=("S P J K", np.bool_))   # all or none: only estimates have any
-SPREAD = dict(half=("S P O M Q", np.float64))   # with the tables of an estimate
+ARRAYS = dict(ks=('K', np.int64), steps=('S', np.int64), train_loss=('S', np.float64), train_acc=('S', np.float64), test_loss=('S', np.float64), test_acc=('S', np.float64),
+              eigvals=('S P K', np.float64), residuals=('S P K', np.float64), magnitude=('S P K', np.float64), random=('S P R K', np.float64),
+              best=('S P K', np.float64), matvecs=('S P', np.int64), seconds=('S P', np.float64), converged=('S P', np.bool_))
+TABLES = dict(sizes=('M', np.int64), ranks=('Q', np.int64), overlaps=('S P O M Q', np.float64), layers=('S P O M Q L', np.float32), layer_sizes=('L', np.int64),
+              available=('S P Q L', np.float64), variance=('S P K', np.float64), extra=('S P X K', np.float64))   # all of them or none: older records have none
+INTERVALS = dict(low=('S P J K', np.float64), high=('S P J K', np.float64), trusted=('S P J K', np.bool_))   # all or none: only estimates have any
+SPREAD = dict(half=('S P O M Q', np.float64))   # with the tables of an estimate
 ALL = ARRAYS | TABLES | INTERVALS | SPREAD
 
 class RecordError(ValueError):
@@ -33,107 +38,109 @@ class RecordError(ValueError):
 @dataclass(frozen=True, eq=False, repr=False)
 class OverlapRecord:
     "Overlaps of k chosen parameters with the k directions of largest curvature, along a training run. Read-only."
-    problem:str             # what was trained, such as "mnist_mini"
-    n:int                   # number of parameters (the paper's D)
-    k:int                   # largest mask size and number of eigenpairs
-    method:str              # "eigsh" (to a tolerance), "seigh" (the paper's sketch) or "slq" (quadrature, without eigenvectors)
-    seed:int                # of parameters, data order, eigensolver and random masks
-    samples:int             # class-balanced samples in each Hessian
-    steps:np.ndarray        # (S,) training steps, increasing
-    train_loss:np.ndarray   # (S,) mean loss over the training set, nats
-    train_acc:np.ndarray    # (S,) accuracy in [0, 1]
-    test_loss:np.ndarray    # (S,) the same on the test set
-    test_acc:np.ndarray     # (S,)
-    eigvals:np.ndarray      # (S, P, K) eigenvalues at the cuts, largest |eigenvalue| first
-    residuals:np.ndarray    # (S, P, K) ‖A u − λ u‖; nan for a sketch, which does not measure them, and for quadrature
-    magnitude:np.ndarray    # (S, P, K) overlap with the mask of the k largest |parameters|, in [0, 1]
-    random:np.ndarray       # (S, P, R, K) the same for R random masks
-    best:np.ndarray         # (S, P, K) the same for the best mask of each size: an upper bound; nan where no eigenvectors are known
-    matvecs:np.ndarray      # (S, P) Hessian-vector products used
-    seconds:np.ndarray      # (S, P) wall time of eigenpairs and overlaps
-    converged:np.ndarray    # (S, P) whether all k residuals met the tolerance (or the rounding of one product); a sketch never says so; of quadrature: trusted at every k
-    splits:tuple=("train", "test") # whose samples define the Hessian
-    settings:dict=field(default_factory=dict) # what else determined the numbers, as plain JSON
-    schema:int=1            # version of the files, whatever is given: 2 with ks or intervals, else 1
-    orders:tuple=()         # (O,) names of the orderings in the tables
-    layer_names:tuple=()    # (L,) names of the parameter tensors
-    sizes:np.ndarray=None   # (M,) mask sizes of the tables, up to n
-    ranks:np.ndarray=None   # (Q,) ranks of the tables, up to k
-    overlaps:np.ndarray=None # (S, P, O, M, Q) overlap of the first m parameters of an ordering with the first r eigenvectors
-    layers:np.ndarray=None  # (S, P, O, M, Q, L) what each layer contributes to it
-    layer_sizes:np.ndarray=None # (L,) number of parameters of each layer
-    available:np.ndarray=None # (S, P, Q, L) what a layer would contribute if all of it were chosen
-    variance:np.ndarray=None # (S, P, K) over the parameters, of their leverage in the first r eigenvectors; nan where it is not known
-    extra:np.ndarray=None   # (S, P, X, K) as magnitude, for the orderings that are not magnitude, random or best
-    ks:np.ndarray=None      # (K,) mask sizes of the curves, ascending to k; None for all of 1..k
-    low:np.ndarray=None; high:np.ndarray=None # (S, P, J, K) ends of 95% intervals, for magnitude and then each of extra
-    trusted:np.ndarray=None # (S, P, J, K) whether the run resolves the estimate; where not, its interval is what is possible
-    half:np.ndarray=None    # (S, P, O, M, Q) half-widths of 95% intervals around overlaps, the longer half
+    problem: str             # what was trained, such as "mnist_mini"
+    n: int                   # number of parameters (the paper's D)
+    k: int                   # largest mask size and number of eigenpairs
+    method: str              # "eigsh" (to a tolerance), "seigh" (the paper's sketch) or "slq" (quadrature, without eigenvectors)
+    seed: int                # of parameters, data order, eigensolver and random masks
+    samples: int             # class-balanced samples in each Hessian
+    steps: np.ndarray        # (S,) training steps, increasing
+    train_loss: np.ndarray   # (S,) mean loss over the training set, nats
+    train_acc: np.ndarray    # (S,) accuracy in [0, 1]
+    test_loss: np.ndarray    # (S,) the same on the test set
+    test_acc: np.ndarray     # (S,)
+    eigvals: np.ndarray      # (S, P, K) eigenvalues at the cuts, largest |eigenvalue| first
+    residuals: np.ndarray    # (S, P, K) ‖A u − λ u‖; nan for a sketch, which does not measure them, and for quadrature
+    magnitude: np.ndarray    # (S, P, K) overlap with the mask of the k largest |parameters|, in [0, 1]
+    random: np.ndarray       # (S, P, R, K) the same for R random masks
+    best: np.ndarray         # (S, P, K) the same for the best mask of each size: an upper bound; nan where no eigenvectors are known
+    matvecs: np.ndarray      # (S, P) Hessian-vector products used
+    seconds: np.ndarray      # (S, P) wall time of eigenpairs and overlaps
+    converged: np.ndarray    # (S, P) whether all k residuals met the tolerance (or the rounding of one product); a sketch never says so; of quadrature: trusted at every k
+    splits: tuple = ('train', 'test')  # whose samples define the Hessian
+    settings: dict = field(default_factory=dict)  # what else determined the numbers, as plain JSON
+    schema: int = 1            # version of the files, whatever is given: 2 with ks or intervals, else 1
+    orders: tuple = ()         # (O,) names of the orderings in the tables
+    layer_names: tuple = ()    # (L,) names of the parameter tensors
+    sizes: np.ndarray = None   # (M,) mask sizes of the tables, up to n
+    ranks: np.ndarray = None   # (Q,) ranks of the tables, up to k
+    overlaps: np.ndarray = None  # (S, P, O, M, Q) overlap of the first m parameters of an ordering with the first r eigenvectors
+    layers: np.ndarray = None  # (S, P, O, M, Q, L) what each layer contributes to it
+    layer_sizes: np.ndarray = None  # (L,) number of parameters of each layer
+    available: np.ndarray = None  # (S, P, Q, L) what a layer would contribute if all of it were chosen
+    variance: np.ndarray = None  # (S, P, K) over the parameters, of their leverage in the first r eigenvectors; nan where it is not known
+    extra: np.ndarray = None   # (S, P, X, K) as magnitude, for the orderings that are not magnitude, random or best
+    ks: np.ndarray = None      # (K,) mask sizes of the curves, ascending to k; None for all of 1..k
+    low: np.ndarray = None
+    high: np.ndarray = None  # (S, P, J, K) ends of 95% intervals, for magnitude and then each of extra
+    trusted: np.ndarray = None  # (S, P, J, K) whether the run resolves the estimate; where not, its interval is what is possible
+    half: np.ndarray = None    # (S, P, O, M, Q) half-widths of 95% intervals around overlaps, the longer half
     def __post_init__(self): _check(self)
 
 # %% ../nbs/40_record.ipynb #9d6760e9
 @patch(as_prop=True)
-def chance(self:OverlapRecord)->np.ndarray: # (K,) in (0, 1]
+def chance(self: OverlapRecord) -> np.ndarray:  # (K,) in (0, 1]
     "Expected overlap of a random mask of each size"
     return self.ks/self.n
 
 @patch(as_prop=True)
-def has_tables(self:OverlapRecord)->bool: # False for records from before there were tables
+def has_tables(self: OverlapRecord) -> bool:  # False for records from before there were tables
     "Whether the tables over mask size, rank and layer are there"
     return self.sizes is not None
 
 @patch(as_prop=True)
-def extra_orders(self:OverlapRecord)->tuple: # (X,) names
+def extra_orders(self: OverlapRecord) -> tuple:  # (X,) names
     "Orderings that are not magnitude, random or best"
-    return tuple(o for o in self.orders if o not in ("magnitude", "random", "best"))
+    return tuple(o for o in self.orders if o not in ('magnitude', 'random', 'best'))
 
 @patch(as_prop=True)
-def has_intervals(self:OverlapRecord)->bool: # True for estimates
+def has_intervals(self: OverlapRecord) -> bool:  # True for estimates
     "Whether overlaps are estimates with an interval"
     return self.low is not None
 
 @patch(as_prop=True)
-def every_size(self:OverlapRecord)->bool: # False where ks leaves some out
+def every_size(self: OverlapRecord) -> bool:  # False where ks leaves some out
     "Whether the curves go over all of 1..k"
     return len(self.ks) == self.k
 
 @patch(as_prop=True)
-def masks(self:OverlapRecord)->tuple: # names
+def masks(self: OverlapRecord) -> tuple:  # names
     "What `curve` knows"
-    return ("magnitude", *("best",)*(not np.isnan(self.best).all()), *("random",)*bool(self.random.shape[2]), *self.extra_orders)
+    return ('magnitude', *('best',)*(not np.isnan(self.best).all()), *('random',)*bool(self.random.shape[2]), *self.extra_orders)
 
 # %% ../nbs/40_record.ipynb #9e829317
 def _check(r):
     "Check and freeze the fields of a record; RecordError names the first that does not fit"
-    for name in ("splits", "orders", "layer_names"): object.__setattr__(r, name, tuple(getattr(r, name)))
-    if r.ks is None: object.__setattr__(r, "ks", np.arange(1, r.k + 1))
+    for name in ('splits', 'orders', 'layer_names'): object.__setattr__(r, name, tuple(getattr(r, name)))
+    if r.ks is None: object.__setattr__(r, 'ks', np.arange(1, r.k + 1))
     sizes, arrays = dict(P=len(r.splits), O=len(r.orders), L=len(r.layer_names), X=len(r.extra_orders), J=1 + len(r.extra_orders)), dict(ARRAYS)
-    for what, group in (("tables", TABLES), ("intervals", INTERVALS), ("errors", SPREAD)):
+    for what, group in (('tables', TABLES), ('intervals', INTERVALS), ('errors', SPREAD)):
         there = [getattr(r, o) is not None for o in group]
-        if any(there) != all(there): raise RecordError(f"a record has all of its {what} or none; {[*group][there.index(False)]} is missing")
+        if any(there) != all(there): raise RecordError(f'a record has all of its {what} or none; {[*group][there.index(False)]} is missing')
         if all(there): arrays |= group
-    if r.half is not None and not (r.has_tables and r.has_intervals): raise RecordError("half is of the tables of an estimate; tables or intervals are missing")
+    if r.half is not None and not (r.has_tables and r.has_intervals): raise RecordError('half is of the tables of an estimate; tables or intervals are missing')
     for name, (shape, dtype) in arrays.items():
-        a = np.array(getattr(r, name), dtype=dtype, order="C")
+        a = np.array(getattr(r, name), dtype=dtype, order='C')
         dims = shape.split()
         if a.ndim != len(dims): raise RecordError(f"{name} has shape {a.shape}; expected ({', '.join(dims)})")
         for d, got in zip(dims, a.shape):
             want = sizes.setdefault(d, got)
             if got != want: raise RecordError(f"{name} has shape {a.shape}; expected {d} = {want} in ({', '.join(dims)})")
-        a.setflags(write=False); object.__setattr__(r, name, a)
-    if not 1 <= r.k <= r.n: raise RecordError(f"k = {r.k} of n = {r.n} parameters; expected 1 ≤ k ≤ n")
-    if not len(r.ks) or r.ks[0] < 1 or (np.diff(r.ks) <= 0).any() or r.ks[-1] != r.k: raise RecordError(f"ks must ascend from 1 or more; expected k = {r.k} at the end, got {r.ks.tolist()[-3:]}")
-    object.__setattr__(r, "schema", 1 if r.every_size and not r.has_intervals else 2)
-    if not len(r.steps) or (np.diff(r.steps) <= 0).any(): raise RecordError(f"steps must increase and not be empty, got {r.steps.tolist()}")
-    try: object.__setattr__(r, "settings", json.loads(json.dumps(r.settings, allow_nan=False)))
-    except (TypeError, ValueError) as e: raise RecordError(f"settings must be plain JSON: {e}") from None
+        a.setflags(write=False)
+        object.__setattr__(r, name, a)
+    if not 1 <= r.k <= r.n: raise RecordError(f'k = {r.k} of n = {r.n} parameters; expected 1 ≤ k ≤ n')
+    if not len(r.ks) or r.ks[0] < 1 or (np.diff(r.ks) <= 0).any() or r.ks[-1] != r.k: raise RecordError(f'ks must ascend from 1 or more; expected k = {r.k} at the end, got {r.ks.tolist()[-3:]}')
+    object.__setattr__(r, 'schema', 1 if r.every_size and not r.has_intervals else 2)
+    if not len(r.steps) or (np.diff(r.steps) <= 0).any(): raise RecordError(f'steps must increase and not be empty, got {r.steps.tolist()}')
+    try: object.__setattr__(r, 'settings', json.loads(json.dumps(r.settings, allow_nan=False)))
+    except (TypeError, ValueError) as e: raise RecordError(f'settings must be plain JSON: {e}') from None
 
 # %% ../nbs/40_record.ipynb #c8afa365
 @patch
-def at(self:OverlapRecord,
-    step:int|None=None,  # a step of the record; None for the last
-    split:str|None=None, # one of its splits; None for the last, the test Hessian
-)->tuple: # (i, p): indices into the first two axes of its arrays
+def at(self: OverlapRecord,
+    step: int | None = None,  # a step of the record; None for the last
+    split: str | None = None,  # one of its splits; None for the last, the test Hessian
+) -> tuple:  # (i, p): indices into the first two axes of its arrays
     "Where a step and a split are in the arrays"
     step, split = self.steps[-1] if step is None else step, self.splits[-1] if split is None else split
     if step not in self.steps: raise ValueError(f"step {step} is not in the record; it has {', '.join(map(str, self.steps))}")
@@ -141,233 +148,248 @@ def at(self:OverlapRecord,
     return int(np.flatnonzero(self.steps == step)[0]), self.splits.index(split)
 
 @patch
-def place(self:OverlapRecord,
-    k:int|None=None, # one of its mask sizes; None for the largest
-)->int: # position on the last axis of its curves
+def place(self: OverlapRecord,
+    k: int | None = None,  # one of its mask sizes; None for the largest
+) -> int:  # position on the last axis of its curves
     "Where a mask size is on the curves"
     k = self.k if k is None else k
-    if k not in self.ks: raise ValueError(f"k = {k} is not in the record; it has mask sizes " + (f"1 to {self.k}" if self.every_size else ", ".join(map(str, self.ks))))
+    if k not in self.ks: raise ValueError(f'k = {k} is not in the record; it has mask sizes ' + (f'1 to {self.k}' if self.every_size else ', '.join(map(str, self.ks))))
     return int(np.flatnonzero(self.ks == k)[0])
 
 @patch
-def curve(self:OverlapRecord,
-    mask:str="magnitude", # "magnitude", "random", "best", or another ordering of the record
-    step:int|None=None,   # None for the last
-    split:str|None=None,  # None for the last, the test Hessian
-)->np.ndarray: # (K,) overlap for the mask sizes ks, in [0, 1]
+def curve(self: OverlapRecord,
+    mask: str = 'magnitude',  # "magnitude", "random", "best", or another ordering of the record
+    step: int | None = None,   # None for the last
+    split: str | None = None,  # None for the last, the test Hessian
+) -> np.ndarray:  # (K,) overlap for the mask sizes ks, in [0, 1]
     "The overlap curve of one mask; for `random` the mean over the random masks"
     if mask in self.extra_orders: return self.extra[self.at(step, split)][self.extra_orders.index(mask)]
-    if mask not in ("magnitude", "random", "best"): raise ValueError(f"mask {mask!r} is not known; choose magnitude, random or best" + "".join(f", {o}" for o in self.extra_orders))
+    if mask not in ('magnitude', 'random', 'best'): raise ValueError(f'mask {mask!r} is not known; choose magnitude, random or best' + ''.join(f', {o}' for o in self.extra_orders))
     a = getattr(self, mask)[self.at(step, split)]
-    if mask == "random" and not len(a): raise ValueError("this record has no random masks (it was run with num_random=0)")
-    if mask not in self.masks: raise ValueError(f"this record has no best masks: {self.method} knows no eigenvectors to take them from")
-    return a.mean(0) if mask == "random" else a
+    if mask == 'random' and not len(a): raise ValueError('this record has no random masks (it was run with num_random=0)')
+    if mask not in self.masks: raise ValueError(f'this record has no best masks: {self.method} knows no eigenvectors to take them from')
+    return a.mean(0) if mask == 'random' else a
 
 # %% ../nbs/40_record.ipynb #e023867c
 @patch
-def interval(self:OverlapRecord,
-    mask:str="magnitude", # "magnitude", or an ordering that is not random or best
-    step:int|None=None,   # None for the last
-    split:str|None=None,  # None for the last, the test Hessian
-)->tuple|None: # (low, high, trusted), three (K,) arrays; None where nothing was estimated, and for the mean of random masks
+def interval(self: OverlapRecord,
+    mask: str = 'magnitude',  # "magnitude", or an ordering that is not random or best
+    step: int | None = None,   # None for the last
+    split: str | None = None,  # None for the last, the test Hessian
+) -> tuple | None:  # (low, high, trusted), three (K,) arrays; None where nothing was estimated, and for the mean of random masks
     "The 95% interval around an estimated curve, and where it can be relied upon"
-    known = ("magnitude", *self.extra_orders)
+    known = ('magnitude', *self.extra_orders)
     if not self.has_intervals or mask not in known: return None
     return tuple(a[self.at(step, split)][known.index(mask)] for a in (self.low, self.high, self.trusted))
 
 # %% ../nbs/40_record.ipynb #2b663c2c
 @patch
-def cell(self:OverlapRecord,
-    mask:str,           # one of the record's orders
-    size:int|None=None, # one of its mask sizes; None for k
-    rank:int|None=None, # one of its ranks; None for k
-)->tuple: # (o, m, q): indices into the last axes of overlaps and layers
+def cell(self: OverlapRecord,
+    mask: str,           # one of the record's orders
+    size: int | None = None,  # one of its mask sizes; None for k
+    rank: int | None = None,  # one of its ranks; None for k
+) -> tuple:  # (o, m, q): indices into the last axes of overlaps and layers
     "Where an ordering, a mask size and a rank are in the tables"
-    if not self.has_tables: raise ValueError(f"this record of {self.problem} has no tables over mask size and rank: it was written before there were any; run again")
+    if not self.has_tables: raise ValueError(f'this record of {self.problem} has no tables over mask size and rank: it was written before there were any; run again')
     size, rank = self.k if size is None else size, self.k if rank is None else rank
-    for what, v, known in (("mask", mask, list(self.orders)), ("mask size", size, self.sizes.tolist()), ("rank", rank, self.ranks.tolist())):
+    for what, v, known in (('mask', mask, list(self.orders)), ('mask size', size, self.sizes.tolist()), ('rank', rank, self.ranks.tolist())):
         if v not in known: raise ValueError(f"{what} {v!r} is not in the tables; they have {', '.join(map(str, known))}")
     return self.orders.index(mask), int(np.flatnonzero(self.sizes == size)[0]), int(np.flatnonzero(self.ranks == rank)[0])
 
 @patch
-def chance_std(self:OverlapRecord,
+def chance_std(self: OverlapRecord,
     sizes,               # mask size, or an array of them
     ranks,               # rank between 1 and k, or an array of them
-    step:int|None=None,  # None for the last
-    split:str|None=None, # None for the last, the test Hessian
-)->np.ndarray|None: # standard deviation of the overlap; None without tables, and where the leverages are not known
+    step: int | None = None,  # None for the last
+    split: str | None = None,  # None for the last, the test Hessian
+) -> np.ndarray | None:  # standard deviation of the overlap; None without tables, and where the leverages are not known
     "How far a random mask scatters around max(m, r)/n (sampling without replacement, Cochran 1977)"
     if not self.has_tables or np.isnan(self.variance).all(): return None
     return chance_std(self.n, sizes, ranks, self.variance[self.at(step, split)][np.searchsorted(self.ks, ranks)])
 
 # %% ../nbs/40_record.ipynb #c113fa30
 def table_ks(
-    k:int,   # largest mask size
-    ks=None, # (K,) the mask sizes that are known; None for 1..k
-)->list: # the mask sizes shown: 50, 100 and k, as far as they are ≤ k; or three of ks, evenly
+    k: int,   # largest mask size
+    ks=None,  # (K,) the mask sizes that are known; None for 1..k
+) -> list:  # the mask sizes shown: 50, 100 and k, as far as they are ≤ k; or three of ks, evenly
     "The mask sizes shown in a table"
     if ks is None or len(ks) == k: return sorted({o for o in (50, 100, k) if o <= k})
     return sorted({int(ks[(len(ks) - 1)*i//3]) for i in (1, 2, 3)})
 
 def table_header(
-    k:int,   # largest mask size
-    ks=None, # (K,) the mask sizes that are known; None for 1..k
-    interval:bool=False, # whether rows have one
-)->str: # two lines
+    k: int,   # largest mask size
+    ks=None,  # (K,) the mask sizes that are known; None for 1..k
+    interval: bool = False,  # whether rows have one
+) -> str:  # two lines
     "Head of the printed table; rows from `table_row` line up under it"
     shown, first = table_ks(k, ks), 1 if ks is None else ks[0]
-    cols = ["step", "split", "loss", "test acc", f"λ{first}", f"λ{k}"] + [f"k={o}" for o in shown] + ["±"]*interval + ["chance", "ratio", "matvecs", "seconds"]
-    head = "".join(f"{c:>{w}}" for c, w in zip(cols, _widths(shown, interval)))
-    return head + "\n" + "-"*len(head)
+    cols = ['step', 'split', 'loss', 'test acc', f'λ{first}', f'λ{k}'] + [f'k={o}' for o in shown] + ['±']*interval + ['chance', 'ratio', 'matvecs', 'seconds']
+    head = ''.join(f'{c:>{w}}' for c, w in zip(cols, _widths(shown, interval)))
+    return head + '\n' + '-'*len(head)
 
-def _widths(shown, interval): return [6, 7, 9, 10, 11, 11] + [max(8, len(f"  k={o}")) for o in shown] + [8]*interval + [8, 7, 9, 9]
+def _widths(shown, interval): return [6, 7, 9, 10, 11, 11] + [max(8, len(f'  k={o}')) for o in shown] + [8]*interval + [8, 7, 9, 9]
 
 # %% ../nbs/40_record.ipynb #f53e4806
 def table_row(
-    step:int,            # training step
-    split:str,           # whose Hessian
-    loss:float,          # loss on that split, nats
-    acc:float,           # test accuracy in [0, 1]
-    eigvals:np.ndarray,  # (K,) largest |eigenvalue| first
-    curve:np.ndarray,    # (K,) overlap of the magnitude mask
-    n:int,               # number of parameters
-    matvecs:int,         # Hessian-vector products used
-    seconds:float,       # wall time
-    converged:bool=True, # False marks the row with *
+    step: int,            # training step
+    split: str,           # whose Hessian
+    loss: float,          # loss on that split, nats
+    acc: float,           # test accuracy in [0, 1]
+    eigvals: np.ndarray,  # (K,) largest |eigenvalue| first
+    curve: np.ndarray,    # (K,) overlap of the magnitude mask
+    n: int,               # number of parameters
+    matvecs: int,         # Hessian-vector products used
+    seconds: float,       # wall time
+    converged: bool = True,  # False marks the row with *
     ks=None,             # (K,) mask sizes; None for 1..K
     interval=None,       # (low, high, ...) around the curve, of an estimate
-)->str: # one line
+) -> str:  # one line
     "One row of the printed table; the columns `k=` are overlaps, `±` half the interval of the last, `ratio` the last over chance"
-    ks = np.arange(1, len(eigvals) + 1) if ks is None else np.asarray(ks); k = int(ks[-1]); shown, chance = table_ks(k, ks), k/n
-    half = [] if interval is None else [f"{(interval[1][-1] - interval[0][-1])/2:.4f}"]
-    cells = [str(step), split, f"{loss:.4f}", f"{acc:.2%}", f"{eigvals[0]:#.4g}", f"{eigvals[-1]:.3e}", *(f"{v:.4f}" for v in curve[np.searchsorted(ks, shown)]), *half,
-             f"{chance:.4f}", f"{curve[-1]/chance:.2f}", str(matvecs), f"{seconds:.1f}"]
-    return "".join(f"{c:>{w}}" for c, w in zip(cells, _widths(shown, len(half)))) + ("" if converged else " *")
+    ks = np.arange(1, len(eigvals) + 1) if ks is None else np.asarray(ks)
+    k = int(ks[-1])
+    shown, chance = table_ks(k, ks), k/n
+    half = [] if interval is None else [f'{(interval[1][-1] - interval[0][-1])/2:.4f}']
+    cells = [str(step), split, f'{loss:.4f}', f'{acc:.2%}', f'{eigvals[0]:#.4g}', f'{eigvals[-1]:.3e}', *(f'{v:.4f}' for v in curve[np.searchsorted(ks, shown)]), *half,
+             f'{chance:.4f}', f'{curve[-1]/chance:.2f}', str(matvecs), f'{seconds:.1f}']
+    return ''.join(f'{c:>{w}}' for c, w in zip(cells, _widths(shown, len(half)))) + ('' if converged else ' *')
 
 # %% ../nbs/40_record.ipynb #ec556792
 @patch
-def table(self:OverlapRecord)->str: # a header, a line per (step, split), a footnote where eigenpairs did not converge
+def table(self: OverlapRecord) -> str:  # a header, a line per (step, split), a footnote where eigenpairs did not converge
     "The record as a text table"
     rows = []
     for i, step in enumerate(self.steps):
         for p, split in enumerate(self.splits):
-            loss = self.train_loss[i] if split == "train" else self.test_loss[i]
+            loss = self.train_loss[i] if split == 'train' else self.test_loss[i]
             rows.append(table_row(step, split, loss, self.test_acc[i], self.eigvals[i, p], self.magnitude[i, p], self.n, self.matvecs[i, p],
-                                  self.seconds[i, p], self.converged[i, p], self.ks, self.interval("magnitude", step, split)))
-    return "\n".join([table_header(self.k, self.ks, self.has_intervals), *rows, *table_note(self.method, self.converged)])
+                                  self.seconds[i, p], self.converged[i, p], self.ks, self.interval('magnitude', step, split)))
+    return '\n'.join([table_header(self.k, self.ks, self.has_intervals), *rows, *table_note(self.method, self.converged)])
 
 def table_note(
-    method:str,           # "eigsh", "seigh" or "slq"
-    converged:np.ndarray, # booleans, one a row
-)->list: # no line or one
+    method: str,           # "eigsh", "seigh" or "slq"
+    converged: np.ndarray,  # booleans, one a row
+) -> list:  # no line or one
     "The footnote to rows marked with *"
     if np.all(converged): return []
-    return [dict(seigh="* a sketch: eigenpairs approximated in one pass, their residuals not measured",
-                 slq="* not resolved at some mask sizes: the interval is what is possible there; more steps, num_steps, narrow it")
-            .get(method, "* eigenpairs not converged to the tolerance: read this row with care")]
+    return [dict(seigh='* a sketch: eigenpairs approximated in one pass, their residuals not measured',
+                 slq='* not resolved at some mask sizes: the interval is what is possible there; more steps, num_steps, narrow it')
+            .get(method, '* eigenpairs not converged to the tolerance: read this row with care')]
 
 # %% ../nbs/40_record.ipynb #92662e39
 @patch
-def __repr__(self:OverlapRecord):
-    i, p = self.at(); o, c = self.magnitude[i, p, -1], self.chance[-1]
+def __repr__(self: OverlapRecord):
+    i, p = self.at()
+    o, c = self.magnitude[i, p, -1], self.chance[-1]
     return (f"OverlapRecord({self.problem}: n={self.n}, k={self.k}, {self.method}, {len(self.steps)} steps {self.steps[0]}..{self.steps[-1]} × "
             f"{'/'.join(self.splits)}; overlap {o:.4f}{self._within(i, p)} = {o/c:.2f} × chance at step {self.steps[i]} on {self.splits[p]})")
 
 @patch
-def _within(self:OverlapRecord, i, p):
+def _within(self: OverlapRecord, i, p):
     "The interval of the last overlap in words, or nothing"
-    return f" in [{self.low[i, p, 0, -1]:.4f}, {self.high[i, p, 0, -1]:.4f}]" if self.has_intervals else ""
+    return f' in [{self.low[i, p, 0, -1]:.4f}, {self.high[i, p, 0, -1]:.4f}]' if self.has_intervals else ''
 
 @patch
-def _repr_markdown_(self:OverlapRecord):
+def _repr_markdown_(self: OverlapRecord):
     "Title and one row a step: test accuracy, and for each split the first eigenvalue and the overlap at k with its ratio to chance"
-    head = ["step", "test accuracy", *(f"{o}: {q}" for o in self.splits for q in ("λ₁" if self.ks[0] == 1 else f"λ at {self.ks[0]}", "overlap", "ratio"))]
-    rows = [[f"{s}", f"{self.test_acc[i]:.2%}", *(t for p in range(len(self.splits)) for t in (f"{self.eigvals[i, p, 0]:.4g}",
-             f"{self.magnitude[i, p, -1]:.4f}{self._within(i, p)}", f"{self.magnitude[i, p, -1]/self.chance[-1]:.2f}"))] for i, s in enumerate(self.steps)]
-    line = lambda cells: "| " + " | ".join(cells) + " |"
-    return "\n".join([f"**{self.problem}**: top {self.k} of {self.n} directions by `{self.method}`, magnitude masks, chance level {self.chance[-1]:.4f}", "",
-                      line(head), line(["--:"]*len(head)), *map(line, rows)])
+    head = ['step', 'test accuracy', *(f'{o}: {q}' for o in self.splits for q in ('λ₁' if self.ks[0] == 1 else f'λ at {self.ks[0]}', 'overlap', 'ratio'))]
+    rows = [[f'{s}', f'{self.test_acc[i]:.2%}', *(t for p in range(len(self.splits)) for t in (f'{self.eigvals[i, p, 0]:.4g}',
+             f'{self.magnitude[i, p, -1]:.4f}{self._within(i, p)}', f'{self.magnitude[i, p, -1]/self.chance[-1]:.2f}'))] for i, s in enumerate(self.steps)]
+    line = lambda cells: '| ' + ' | '.join(cells) + ' |'
+    return '\n'.join([f'**{self.problem}**: top {self.k} of {self.n} directions by `{self.method}`, magnitude masks, chance level {self.chance[-1]:.4f}', '',
+                      line(head), line(['--:']*len(head)), *map(line, rows)])
 
 # %% ../nbs/40_record.ipynb #5b028265
 def write_atomic(
-    path:Path|str, # where
-    data:bytes,    # what
+    path: Path | str,  # where
+    data: bytes,    # what
 ):
     "Write a file so that at any moment there is the old one or the whole new one"
-    path = Path(path); tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        with open(tmp, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        with open(tmp, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
 def npz_bytes(
-    arrays:dict, # name -> array
-)->bytes: # the same bytes for the same arrays
+    arrays: dict,  # name -> array
+) -> bytes:  # the same bytes for the same arrays
     "A compressed npz file in memory"
-    buf = io.BytesIO(); np.savez_compressed(buf, **arrays); return buf.getvalue()
+    buf = io.BytesIO()
+    np.savez_compressed(buf, **arrays)
+    return buf.getvalue()
 
 def _sha(data): return hashlib.sha256(data).hexdigest()
-def _canonical(head): return json.dumps({k: v for k, v in head.items() if k != "sha256"}, sort_keys=True, ensure_ascii=False).encode()
+def _canonical(head): return json.dumps({k: v for k, v in head.items() if k != 'sha256'}, sort_keys=True, ensure_ascii=False).encode()
 
 def _written(r):
     "The arrays that a record has to write, by name: what version 1 of the files does not know only where it says something"
-    return {name: getattr(r, name) for name in ALL if getattr(r, name) is not None and (name != "ks" or not r.every_size)}
+    return {name: getattr(r, name) for name in ALL if getattr(r, name) is not None and (name != 'ks' or not r.every_size)}
 
 # %% ../nbs/40_record.ipynb #60a06768
 @patch
-def save(self:OverlapRecord,
-    folder:Path|str, # created if missing; a record in it is replaced
-)->Path: # the folder
+def save(self: OverlapRecord,
+    folder: Path | str,  # created if missing; a record in it is replaced
+) -> Path:  # the folder
     "Write `record.npz` and then `record.json`, each atomically"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     npz = npz_bytes(_written(self))
     head = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ALL}
-    head.update(splits=list(self.splits), orders=list(self.orders), layer_names=list(self.layer_names), package=f"hessian_overlap {__version__}", npz_sha256=_sha(npz))
-    head["sha256"] = _sha(_canonical(head))
-    (folder/"record.json").unlink(missing_ok=True)   # from here until the last line there is no record, rather than a mixed one
-    write_atomic(folder/"record.npz", npz)
-    write_atomic(folder/"record.json", json.dumps(head, indent=1, ensure_ascii=False).encode() + b"\n")
+    head.update(splits=list(self.splits), orders=list(self.orders), layer_names=list(self.layer_names), package=f'hessian_overlap {__version__}', npz_sha256=_sha(npz))
+    head['sha256'] = _sha(_canonical(head))
+    (folder/'record.json').unlink(missing_ok=True)   # from here until the last line there is no record, rather than a mixed one
+    write_atomic(folder/'record.npz', npz)
+    write_atomic(folder/'record.json', json.dumps(head, indent=1, ensure_ascii=False).encode() + b'\n')
     return folder
 
 # %% ../nbs/40_record.ipynb #4e8644f2
 def _read(path):
     try: return path.read_bytes()
-    except FileNotFoundError: raise RecordError(f"no record in {path.parent}: {path.name} is not there") from None
-    except OSError as e: raise RecordError(f"{path} cannot be read: {e.strerror}") from None
+    except FileNotFoundError: raise RecordError(f'no record in {path.parent}: {path.name} is not there') from None
+    except OSError as e: raise RecordError(f'{path} cannot be read: {e.strerror}') from None
 
 @patch(cls_method=True)
-def load(cls:OverlapRecord,
-    folder:Path|str, # a run folder, or any folder that save wrote
-)->OverlapRecord: # bit for bit what was saved
+def load(cls: OverlapRecord,
+    folder: Path | str,  # a run folder, or any folder that save wrote
+) -> OverlapRecord:  # bit for bit what was saved
     "Read a record; a missing, damaged or newer one raises `RecordError`"
-    folder = Path(folder); path = folder/"record.json"; raw = _read(path)
-    try: head = json.loads(raw); schema = head["schema"]
-    except (ValueError, KeyError, TypeError): raise RecordError(f"{path} is damaged: it is not the JSON of a record") from None
+    folder = Path(folder)
+    path = folder/'record.json'
+    raw = _read(path)
+    try:
+        head = json.loads(raw)
+        schema = head['schema']
+    except (ValueError, KeyError, TypeError): raise RecordError(f'{path} is damaged: it is not the JSON of a record') from None
     if not isinstance(schema, int) or schema > SCHEMA:
-        raise RecordError(f"{path} has schema {schema}, this hessian_overlap {__version__} reads up to {SCHEMA}: update the package")
-    if head.get("sha256") != _sha(_canonical(head)): raise RecordError(f"{path} is damaged: its contents do not have the sha256 it states")
-    npz = _read(folder/"record.npz")
-    if head["npz_sha256"] != _sha(npz):
+        raise RecordError(f'{path} has schema {schema}, this hessian_overlap {__version__} reads up to {SCHEMA}: update the package')
+    if head.get('sha256') != _sha(_canonical(head)): raise RecordError(f'{path} is damaged: its contents do not have the sha256 it states')
+    npz = _read(folder/'record.npz')
+    if head['npz_sha256'] != _sha(npz):
         raise RecordError(f"{folder/'record.npz'} is damaged: its sha256 is {_sha(npz)[:12]}…, record.json says {head['npz_sha256'][:12]}…")
     with np.load(io.BytesIO(npz), allow_pickle=False) as z: arrays = {name: z[name] for name in ALL if name in z}
     return cls(**{f.name: head[f.name] for f in fields(cls) if f.name not in arrays and f.name in head}, **arrays)
 
 # %% ../nbs/40_record.ipynb #acfb4199
 def compare(
-    a:OverlapRecord, # one record
-    b:OverlapRecord, # another
-    ignore:tuple=("seconds", "environment"), # fields and settings that may differ
-)->dict: # what differs: array name -> largest absolute difference, other name -> (in a, in b); {} if nothing does
+    a: OverlapRecord,  # one record
+    b: OverlapRecord,  # another
+    ignore: tuple = ('seconds', 'environment'),  # fields and settings that may differ
+) -> dict:  # what differs: array name -> largest absolute difference, other name -> (in a, in b); {} if nothing does
     "What differs between two records; an empty dict says that all numbers are bit-equal"
     out = {}
     for f in fields(a):
         x, y = getattr(a, f.name), getattr(b, f.name)
-        if f.name in ignore or f.name == "settings": continue
+        if f.name in ignore or f.name == 'settings': continue
         if f.name not in ALL or x is None or y is None: out.update({f.name: (x, y)} if x is not y and (x is None or y is None or x != y) else {})
         elif x.shape != y.shape: out[f.name] = (x.shape, y.shape)
-        elif not np.array_equal(x, y, equal_nan=x.dtype.kind == "f"):
-            diff = np.abs(x.astype(np.float64) - y.astype(np.float64)); out[f.name] = float(np.nanmax(diff)) if not np.isnan(diff).all() else np.nan
+        elif not np.array_equal(x, y, equal_nan=x.dtype.kind == 'f'):
+            diff = np.abs(x.astype(np.float64) - y.astype(np.float64))
+            out[f.name] = float(np.nanmax(diff)) if not np.isnan(diff).all() else np.nan
     for s in sorted({*a.settings, *b.settings} - {*ignore}):
         x, y = a.settings.get(s), b.settings.get(s)
-        if x != y: out[f"settings[{s}]"] = (x, y)
+        if x != y: out[f'settings[{s}]'] = (x, y)
     return out

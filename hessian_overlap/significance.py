@@ -4,14 +4,19 @@
 
 # %% ../nbs/33_significance.ipynb #c0b72222
 from __future__ import annotations
+
+import math
 from dataclasses import dataclass
-import math, numpy as np, torch
-from torch import Tensor
+
+import numpy as np
+import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
+from torch import Tensor
+
 from .grassmann import chance_overlap, grassmann_distance
-from .masks import Mask, Partition, _check_parts, leverage
-from .overlap import _check_basis, mask_overlap
+from .masks import Mask, Partition, check_parts, leverage
+from .overlaps import check_basis, mask_overlap
 
 # %% auto #0
 __all__ = ['random_mask', 'chance_mask_overlap', 'chance_curve', 'Significance', 'overlap_significance', 'random_mask_distances']
@@ -20,148 +25,170 @@ __all__ = ['random_mask', 'chance_mask_overlap', 'chance_curve', 'Significance',
 def _groups(mask, parts, device):
     "For each group that the mask may vary in: indices, and how many of them to draw"
     if parts is None: return [(torch.arange(mask.n, device=device), mask.k)]
-    parts = _check_parts(mask, parts)
-    order,ends = parts.labels.argsort(stable=True).to(device),parts.sizes.cumsum(0).tolist()
-    return [(order[e-s:e], m) for e,s,m in zip(ends, parts.sizes.tolist(), mask.counts(parts).tolist()) if m]
+    parts = check_parts(mask, parts)
+    groups = parts.labels.argsort(stable=True).to(device).split(parts.sizes.tolist())
+    return [(idx, m) for idx, m in zip(groups, mask.counts(parts).tolist()) if m]
 
 def _draw(rng, n, m):
     "m of n at random, the smaller of the subset and its complement being drawn; ascending if it is the latter"
-    if 2*m<=n: return rng.choice(n, m, replace=False, shuffle=False)
+    if 2*m <= n: return rng.choice(n, m, replace=False, shuffle=False)
     return np.delete(np.arange(n), rng.choice(n, n-m, replace=False, shuffle=False))
 
 def random_mask(
-    mask:Mask, # how many parameters to choose, of how many
-    parts:Partition|None=None, # draw within these groups, as many of each as the mask has; None: anywhere
+    mask: Mask,  # how many parameters to choose, of how many
+    parts: Partition | None = None,  # draw within these groups, as many of each as the mask has; None: anywhere
     *,
-    seed:int, # at least 0; the same seed gives the same mask on any device
-)->Mask: # as many parameters, in each group if there are groups
+    seed: int,  # at least 0; the same seed gives the same mask on any device
+) -> Mask:  # as many parameters, in each group if there are groups
     "A random mask of the same size, uniform over all of them"
-    rng = np.random.Generator(np.random.Philox(key=[seed,0]))
-    chosen = [idx[torch.from_numpy(_draw(rng, len(idx), m)).to(idx.device)] for idx,m in _groups(mask, parts, mask.indices.device)]
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    chosen = []
+    for idx, m in _groups(mask, parts, mask.indices.device):
+        drawn = torch.from_numpy(_draw(rng, len(idx), m))
+        chosen.append(idx[drawn.to(idx.device)])
     return Mask(torch.cat(chosen), n=mask.n, parts=mask.parts)
 
 # %% ../nbs/33_significance.ipynb #ae98d2f7
 def _moments(a, groups):
-    "Mean, variance and third central moment of the sum over a random subset of each group; largest deviation of what may be drawn"
+    "Mean, variance, third central moment of the sum over a random subset of each group; largest deviation of a term"
     mean = var = third = largest = 0.
-    for idx,m in groups:
-        d,n = a[idx],len(idx)
-        mu = d.mean()
-        d = d-mu
+    for idx, m in groups:
+        n = len(idx)
+        values = a[idx]
+        mu = values.mean()
+        d = values-mu
         mean += m*mu.item()
-        if m<n: largest = max(largest, d.abs().max().item())
-        if n>1: var += m*(n-m)/(n-1)*d.square().mean().item()
-        if n>2: third += m*(n-m)*(n-2*m)/((n-1)*(n-2))*d.pow(3).mean().item()
-    return mean,var,third,largest
+        if m < n: largest = max(largest, d.abs().max().item())
+        if n > 1: var += m*(n-m)/(n-1)*d.square().mean().item()
+        if n > 2: third += m*(n-m)*(n-2*m)/((n-1)*(n-2))*d.pow(3).mean().item()
+    return mean, var, third, largest
 
 def chance_mask_overlap(
-    mask:Mask, # k of n parameters: how many are drawn
-    U:Tensor, # (n, l) orthonormal columns, usually l = k
-    parts:Partition|None=None, # draw within these groups, as many of each as the mask has; None: anywhere
-)->tuple: # (mean, standard deviation) of the overlap, floats
-    "Overlap of random masks with a given subspace: exact mean and deviation, from sampling without replacement (Cochran 1977)"
-    _check_basis(U, mask.n)
-    mean,var,*_ = _moments(leverage(U), _groups(mask, parts, U.device))
+    mask: Mask,  # k of n parameters: how many are drawn
+    U: Tensor,  # (n, l) orthonormal columns, usually l = k
+    parts: Partition | None = None,  # draw within these groups, as many of each as the mask has; None: anywhere
+) -> tuple:  # (mean, standard deviation) of the overlap, floats
+    "Overlap of random masks with a given subspace: exact mean and deviation, drawn without replacement (Cochran 1977)"
+    check_basis(U, mask.n)
+    mean, var, *_ = _moments(leverage(U), _groups(mask, parts, U.device))
     k = min(mask.k, U.shape[1])
-    return mean/k,var**.5/k
+    return mean/k, var**.5/k
 
 # %% ../nbs/33_significance.ipynb #dc3511c9
 def chance_curve(
-    U:Tensor, # (n, k) orthonormal columns, most important first
-    ks:Tensor|None=None, # which dimensions, ascending between 1 and k; None: 1..k
-)->tuple: # (mean, std), each (len(ks),) float64 on the CPU
+    U: Tensor,  # (n, k) orthonormal columns, most important first
+    ks: Tensor | None = None,  # which dimensions, ascending between 1 and k; None: 1..k
+) -> tuple:  # (mean, std), each (len(ks),) float64 on the CPU
     "Mean k/n and exact standard deviation of the overlap of k random parameters with the first k columns, for every k"
-    _check_basis(U)
-    n,ks = len(U),list(range(1, U.shape[1]+1)) if ks is None else torch.as_tensor(ks).tolist()
-    if ks[0]<1 or ks[-1]>U.shape[1] or sorted(set(ks))!=ks: raise ValueError(f'ks must ascend between 1 and k = {U.shape[1]}, the columns of U')
-    a,std,start = torch.zeros(n, dtype=torch.float64, device=U.device), [], 0
+    check_basis(U)
+    n, largest = U.shape
+    ks = list(range(1, largest+1)) if ks is None else torch.as_tensor(ks).tolist()
+    if ks[0] < 1 or ks[-1] > largest or sorted(set(ks)) != ks:
+        raise ValueError(f'ks must ascend between 1 and k = {largest}, the columns of U')
+    a = torch.zeros(n, dtype=torch.float64, device=U.device)
+    std, done = [], 0
     for k in ks:
-        a,start = a+leverage(U[:,start:k]),k
+        a = a+leverage(U[:, done:k])
+        done = k
         std.append((k*(n-k)/max(n-1, 1)*a.var(correction=0)).sqrt().item()/k)
-    return torch.tensor(ks, dtype=torch.float64)/n,torch.tensor(std, dtype=torch.float64)
+    return torch.tensor(ks, dtype=torch.float64)/n, torch.tensor(std, dtype=torch.float64)
 
 # %% ../nbs/33_significance.ipynb #708a4656
 def _null_sums(a, groups, samples, seed):
     "Sums of a over random subsets, one a sample, each a function of (seed, sample)"
-    parts = [(a[idx].cpu().numpy(),m) for idx,m in groups]
+    parts = [(a[idx].cpu().numpy(), m) for idx, m in groups]
     out = np.empty(samples)
     for i in range(samples):
-        rng = np.random.Generator(np.random.Philox(key=[seed,i+1]))
-        out[i] = sum(v[_draw(rng, len(v), m)].sum() for v,m in parts)
+        rng = np.random.Generator(np.random.Philox(key=[seed, i+1]))
+        out[i] = sum(v[_draw(rng, len(v), m)].sum() for v, m in parts)
     return out
 
 def _normal(z, skew, largest):
-    "Upper tail of the normal distribution; None where skewness moves it by a tenth, or one parameter the sum by half a deviation"
-    p,edge = math.erfc(z/2**.5)/2,abs(skew)/6*abs(z*z-1)*math.exp(-z*z/2)/(2*math.pi)**.5
-    return p if edge<.1*p and largest<.5 else None
+    "Upper tail of the normal distribution; None where skewness moves it by a tenth, or a term is half a deviation"
+    p = math.erfc(z/2**.5)/2
+    edge = abs(skew)/6*abs(z*z-1)*math.exp(-z*z/2)/(2*math.pi)**.5  # the first term of Edgeworth's expansion
+    return p if edge < .1*p and largest < .5 else None
 
 def _bound(a, groups, observed, sign):
     "Upper bound on the probability of a sum at or beyond the observed one (Hoeffding 1963)"
-    parts = [(sign*a[idx].cpu().numpy(),m) for idx,m in groups]
-    def log_p(t): return sum(m*(logsumexp(t*v)-math.log(len(v))) for v,m in parts)-t*sign*observed
+    parts = [(sign*a[idx].cpu().numpy(), m) for idx, m in groups]
+    def log_p(t): return sum(m*(logsumexp(t*v)-math.log(len(v))) for v, m in parts)-t*sign*observed
     top = 1.
-    while log_p(2*top)<log_p(top)-1e-9 and top<1e9: top *= 2
-    return math.exp(min(0., minimize_scalar(log_p, bounds=(0, 2*top), method='bounded', options=dict(xatol=1e-6*top)).fun))
+    while log_p(2*top) < log_p(top)-1e-9 and top < 1e9: top *= 2
+    least = minimize_scalar(log_p, bounds=(0, 2*top), method='bounded', options=dict(xatol=1e-6*top)).fun
+    return math.exp(min(0., least))
 
 # %% ../nbs/33_significance.ipynb #79bd92ab
 @dataclass(frozen=True, eq=False, repr=False)
 class Significance:
     "An overlap and what it is under chance"
-    overlap:float # observed
-    chance:float # mean under the null, exact
-    std:float # standard deviation under the null, exact
-    skewness:float # under the null, exact
-    p:float # share of random masks with an overlap as large or larger (or smaller), in (0, 1]
-    p_error:float # standard error of p, since masks are sampled
-    p_normal:float|None # normal approximation of p; None where that does not hold
-    p_bound:float # no larger share of all masks can have such an overlap; 1 where that says nothing
-    null:str # 'anywhere' or 'within groups'
-    alternative:str # 'greater' or 'less'
-    draws:np.ndarray # (samples,) overlaps of the random masks
-    ratio = property(lambda self: self.overlap/self.chance) # to chance
-    z = property(lambda self: (self.overlap-self.chance)/self.std if self.std>0 else 0.) # standard deviations above chance
+    overlap: float  # observed
+    chance: float  # mean under the null, exact
+    std: float  # standard deviation under the null, exact
+    skewness: float  # under the null, exact
+    p: float  # share of random masks with an overlap as large or larger (or smaller), in (0, 1]
+    p_error: float  # standard error of p, since masks are sampled
+    p_normal: float | None  # normal approximation of p; None where that does not hold
+    p_bound: float  # no larger share of all masks can have such an overlap; 1 where that says nothing
+    null: str  # 'anywhere' or 'within groups'
+    alternative: str  # 'greater' or 'less'
+    draws: np.ndarray  # (samples,) overlaps of the random masks
+    @property
+    def ratio(self): return self.overlap/self.chance  # to chance
+    @property
+    def z(self): return (self.overlap-self.chance)/self.std if self.std > 0 else 0.  # standard deviations above chance
     def __repr__(self):
-        sign,far = ('≥','≤')[self.alternative=='less'],f', normal approximation {self.p_normal:.2g}' if self.p_normal is not None else ''
-        return (f'overlap {self.overlap:.4f} = {self.ratio:.2f} × chance {self.chance:.4f} ± {self.std:.4f} ({self.null}): z = {self.z:.1f}, '
-                f'p({sign}) = {self.p:.2g} ± {self.p_error:.1g} from {len(self.draws)} masks, at most {self.p_bound:.2g}{far}')
+        sign = '≤' if self.alternative == 'less' else '≥'
+        chance = f'{self.ratio:.2f} × chance {self.chance:.4f} ± {self.std:.4f} ({self.null})'
+        p = f'p({sign}) = {self.p:.2g} ± {self.p_error:.1g} from {len(self.draws)} masks, at most {self.p_bound:.2g}'
+        if self.p_normal is not None: p += f', normal approximation {self.p_normal:.2g}'
+        return f'overlap {self.overlap:.4f} = {chance}: z = {self.z:.1f}, {p}'
 
 # %% ../nbs/33_significance.ipynb #eb15caf8
 def overlap_significance(
-    mask:Mask, # k of n parameters
-    U:Tensor, # (n, l) orthonormal columns, usually l = k; held fixed
-    parts:Partition|None=None, # draw masks within these groups, as many of each as the mask has; None: anywhere
+    mask: Mask,  # k of n parameters
+    U: Tensor,  # (n, l) orthonormal columns, usually l = k; held fixed
+    parts: Partition | None = None,  # draw masks within these groups, as many of each as the mask has; None: anywhere
     *,
-    samples:int=9999, # random masks, at least 1; p cannot fall below 1/(samples + 1)
-    alternative:str='greater', # 'greater': is the overlap larger than by chance; 'less': smaller
-    seed:int, # of the random masks, at least 0
-)->Significance: # z-score, p-value with its error, ratio to chance, and the sampled null distribution
+    samples: int = 9999,  # random masks, at least 1; p cannot fall below 1/(samples + 1)
+    alternative: str = 'greater',  # 'greater': is the overlap larger than by chance; 'less': smaller
+    seed: int,  # of the random masks, at least 0
+) -> Significance:  # z-score, p-value with its error, ratio to chance, and the sampled null distribution
     "How unlikely an overlap is among masks of the same size (permutation test; Phipson and Smyth 2010)"
-    if alternative not in ('greater','less'): raise ValueError(f"alternative must be 'greater' or 'less', got {alternative!r}")
-    if samples<1: raise ValueError(f'samples must be at least 1, got {samples}')
-    observed,k,a = mask_overlap(mask, U).item(),min(mask.k, U.shape[1]),leverage(U)
+    if alternative not in ('greater', 'less'):
+        raise ValueError(f"alternative must be 'greater' or 'less', got {alternative!r}")
+    if samples < 1: raise ValueError(f'samples must be at least 1, got {samples}')
+    observed = mask_overlap(mask, U).item()
+    a, k = leverage(U), min(mask.k, U.shape[1])
     groups = _groups(mask, parts, U.device)
-    mean,var,third,largest = _moments(a, groups)
+    mean, var, third, largest = _moments(a, groups)
     draws = _null_sums(a, groups, samples, seed)/k
-    sign,slack = (-1)**(alternative=='less'),1e-12*max(observed, 1/k) # the same mask summed in another order is a tie
+    sign = -1 if alternative == 'less' else 1
+    slack = 1e-12*max(observed, 1/k)  # the same mask summed in another order is a tie
     p = (1+int((sign*draws >= sign*observed-slack).sum()))/(1+samples)
-    std,skew = var**.5/k,third/var**1.5 if var>1e-30 else 0.
-    z = sign*(observed-mean/k)/std if var>1e-30 else 0.
-    return Significance(observed, mean/k, std if var>1e-30 else 0., skew, p, (p*(1-p)/(1+samples))**.5, _normal(z, skew, largest/max(var, 1e-30)**.5),
-                        _bound(a, groups, observed*k, sign),
-                        'anywhere' if parts is None else 'within groups', alternative, draws)
+    std = skew = z = 0.
+    if var > 1e-30:
+        std, skew = var**.5/k, third/var**1.5
+        z = sign*(observed-mean/k)/std
+    return Significance(
+        overlap=observed, chance=mean/k, std=std, skewness=skew, p=p, p_error=(p*(1-p)/(1+samples))**.5,
+        p_normal=_normal(z, skew, largest/max(var, 1e-30)**.5), p_bound=_bound(a, groups, observed*k, sign),
+        null='anywhere' if parts is None else 'within groups', alternative=alternative, draws=draws)
 
 # %% ../nbs/33_significance.ipynb #31383194
 def random_mask_distances(
-    mask:Mask, # how many parameters to choose, of how many
-    U:Tensor, # (n, l) orthonormal columns; held fixed
-    metric:str='geodesic', # one of METRICS
-    normalize:bool=False, # divide by the largest value
-    parts:Partition|None=None, # draw within these groups, as many of each as the mask has; None: anywhere
+    mask: Mask,  # how many parameters to choose, of how many
+    U: Tensor,  # (n, l) orthonormal columns; held fixed
+    metric: str = 'geodesic',  # one of METRICS
+    normalize: bool = False,  # divide by the largest value
+    parts: Partition | None = None,  # draw within these groups, as many of each as the mask has; None: anywhere
     *,
-    samples:int=100, # random masks, at least 1
-    seed:int, # of the random masks, at least 0
-)->Tensor: # (samples,) float64 on the CPU
+    samples: int = 100,  # random masks, at least 1
+    seed: int,  # of the random masks, at least 0
+) -> Tensor:  # (samples,) float64 on the CPU
     "A Grassmannian metric between random masks and a given subspace: its chance level, sampled"
-    if samples<1: raise ValueError(f'samples must be at least 1, got {samples}')
-    seeds = np.random.SeedSequence([seed,samples]).generate_state(samples)
-    return torch.tensor([grassmann_distance(random_mask(mask, parts, seed=int(s)), U, metric, normalize).item() for s in seeds], dtype=torch.float64)
+    if samples < 1: raise ValueError(f'samples must be at least 1, got {samples}')
+    seeds = np.random.SeedSequence([seed, samples]).generate_state(samples)
+    masks = (random_mask(mask, parts, seed=int(s)) for s in seeds)
+    distances = [grassmann_distance(m, U, metric, normalize).item() for m in masks]
+    return torch.tensor(distances, dtype=torch.float64)

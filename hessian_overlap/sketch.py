@@ -4,277 +4,344 @@
 
 # %% ../nbs/20_sketch.ipynb #05512553
 from __future__ import annotations
+
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Iterable
-import time, numpy as np, torch
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
-from fastcore.basics import patch
+
 from .linop import LinearOperator, aslinearoperator
 from .synthmat import column_noise, dct, idct
 
 # %% auto #0
-__all__ = ['EighResult', 'TestMatrix', 'Sketch', 'seigh', 'SVDResult', 'ssvd']
+__all__ = ['STREAM', 'EighResult', 'check_problem', 'TestMatrix', 'Sketch', 'operator_images', 'seigh', 'SVDResult', 'ssvd']
 
 # %% ../nbs/20_sketch.ipynb #4cbd44b4
 def _trust(info):
     "How far a result can be trusted, in a few words"
-    trust,res = {True:'converged', False:'NOT CONVERGED', None:'error not measured'}[info['converged']], info.get('residual_norms')
-    if res is None: return trust
-    if info.get('overlap') is not None: trust += f" ({info['stopped_by']}), overlap {info['overlap']:.6g} ± {info['overlap_error']:.0e}"
-    return f"{'' if info['converged'] is None else trust + ', '}residuals up to {res.max().item():.1e}"
+    trust = {True: 'converged', False: 'NOT CONVERGED', None: 'error not measured'}[info['converged']]
+    norms = info.get('residual_norms')
+    if norms is None: return trust
+    residuals = f'residuals up to {norms.max().item():.1e}'
+    if info['converged'] is None: return residuals
+    if info.get('overlap') is None: return f'{trust}, {residuals}'
+    overlap = f"overlap {info['overlap']:.6g} ± {info['overlap_error']:.0e}"
+    return f"{trust} ({info['stopped_by']}), {overlap}, {residuals}"
 
 class EighResult(NamedTuple):
     "Leading eigenpairs of a symmetric operator and how they were found"
-    eigvals:Tensor # (k,) in the operator's dtype and device; largest |eigenvalue| first unless which says otherwise
-    eigvecs:Tensor # (n, k) orthonormal columns, in the same order
-    info:dict # method, matvecs, seconds, seed, converged (True, False, or None where nobody checked), residual_norms (k,) or None, ...
+    eigvals: Tensor  # (k,) in the operator's dtype and device; largest |eigenvalue| first unless which says otherwise
+    eigvecs: Tensor  # (n, k) orthonormal columns, in the same order
+    # method, matvecs, seconds, seed, converged (True, False, or None: not checked), residual_norms (k,) or None, ...
+    info: dict
     def __repr__(self):
-        (n,k),i = self.eigvecs.shape,self.info
+        n, k = self.eigvecs.shape
+        i = self.info
         ends = f'λ1 = {self.eigvals[0].item():.6g}, λ{k} = {self.eigvals[-1].item():.6g}'
         return f"EighResult({i['method']}: {k} of {n} eigenpairs, {ends}; {i['matvecs']} matvecs; {_trust(i)})"
 
+# %% ../nbs/20_sketch.ipynb #26e5713b
 def _check_k(k, n):
-    if isinstance(k, bool) or not isinstance(k, (int,np.integer)) or not 1<=k<=n:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
         raise ValueError(f'k must be an integer between 1 and n = {n}, got {k!r}')
 
-def _check_problem(A, k):
+def check_problem(A, k):
     "A as a square operator, and k as a number of its eigenpairs"
     A = aslinearoperator(A)
     n = A.shape[0]
-    if n!=A.shape[1]: raise ValueError(f'eigenpairs need a square operator, got shape {A.shape}')
+    if n != A.shape[1]: raise ValueError(f'eigenpairs need a square operator, got shape {A.shape}')
     _check_k(k, n)
-    return A,n
+    return A, n
 
 # %% ../nbs/20_sketch.ipynb #02f7d6c6
 class TestMatrix(LinearOperator):
     "A seeded random (n, m) test matrix; column j depends on (seed, j) alone, for any m"
-    __test__ = False # no pytest class
+    __test__ = False  # no pytest class
     def __init__(self,
-        n:int, # rows
-        m:int, # columns, at most n for 'ssrft'
-        kind:str='ssrft', # 'ssrft', 'gauss' or 'sign'
+        n: int,  # rows
+        m: int,  # columns, at most n for 'ssrft'
+        kind: str = 'ssrft',  # 'ssrft', 'gauss' or 'sign'
         *,
-        seed:int, # at least 0
-        dtype:torch.dtype=torch.float64, # of its entries
-        device:torch.device|str='cpu', # where columns and products are made
+        seed: int,  # at least 0
+        dtype: torch.dtype = torch.float64,  # of its entries
+        device: torch.device | str = 'cpu',  # where columns and products are made
     ):
-        super().__init__((n,m), dtype, device)
-        if kind not in ('ssrft','gauss','sign'): raise ValueError(f"test_matrix must be 'ssrft', 'gauss' or 'sign', got {kind!r}")
-        if kind=='ssrft' and m>n: raise ValueError(f'an SSRFT has at most n = {n} columns, got {m}')
-        self.kind,self.seed = kind,seed
-        if kind!='ssrft': return
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed, 2**64-1], dtype=np.uint64))) # a stream no column uses
+        super().__init__((n, m), dtype, device)
+        if kind not in ('ssrft', 'gauss', 'sign'):
+            raise ValueError(f"test_matrix must be 'ssrft', 'gauss' or 'sign', got {kind!r}")
+        if kind == 'ssrft' and m > n: raise ValueError(f'an SSRFT has at most n = {n} columns, got {m}')
+        self.kind, self.seed = kind, seed
+        if kind != 'ssrft': return
+        key = np.array([seed, 2**64-1], dtype=np.uint64)  # of a stream that no column uses
+        rng = np.random.Generator(np.random.Philox(key=key))
         perm = lambda: torch.from_numpy(rng.permutation(n)).to(device)
-        sign = lambda: torch.from_numpy(2*rng.integers(0, 2, n)-1).to(dtype=dtype, device=device)[:,None]
-        self._signs,self._perms,self._rows = (sign(),sign()), (perm(),perm()), perm()
+        sign = lambda: torch.from_numpy(2*rng.integers(0, 2, n)-1).to(dtype=dtype, device=device)[:, None]
+        self._signs = sign(), sign()
+        self._perms = perm(), perm()
+        self._rows = perm()
 
 # %% ../nbs/20_sketch.ipynb #dfe424e1
 @patch
-def columns(self:TestMatrix,
-    which:Iterable[int], # column indices between 0 and m - 1
-)->Tensor: # (n, number of columns)
+def columns(self: TestMatrix,
+    which: Iterable[int],  # column indices between 0 and m - 1
+) -> Tensor:  # (n, number of columns)
     "Some columns of the test matrix"
-    which,n = list(which),self.shape[0]
-    if self.kind!='ssrft': return column_noise(n, which, seed=self.seed, kind=self.kind, dtype=self.dtype, device=self.device)
+    which = list(which)
+    n = self.shape[0]
+    if self.kind != 'ssrft':
+        return column_noise(n, which, seed=self.seed, kind=self.kind, dtype=self.dtype, device=self.device)
     E = torch.zeros(n, len(which), dtype=self.dtype, device=self.device)
-    E[self._rows[which],torch.arange(len(which), device=self.device)] = n**.5
-    for D,P in zip(self._signs, self._perms): E = D*idct(E)[P]
+    E[self._rows[which], torch.arange(len(which), device=self.device)] = n**.5
+    for D, P in zip(self._signs, self._perms): E = D*idct(E)[P]
     return E
 
 def _chunks(columns, size=64):
     "A list or range of columns in pieces of at most `size`"
     return [columns[j:j+size] for j in range(0, len(columns), size)]
 
+# %% ../nbs/20_sketch.ipynb #9f6346fc
 @patch
-def _matmat(self:TestMatrix, V): return sum(self.columns(c) @ V[c.start:c.stop] for c in _chunks(range(self.shape[1])))
+def _matmat(self: TestMatrix, V):
+    "ΩV, a chunk of columns at a time"
+    return sum(self.columns(c) @ V[c.start:c.stop] for c in _chunks(range(self.shape[1])))
 
 @patch
-def _rmatmat(self:TestMatrix, U):
+def _rmatmat(self: TestMatrix, U):
     "ΩᵀU, for the SSRFT by fast transforms"
-    if self.kind!='ssrft': return torch.cat([self.columns(c).T @ U for c in _chunks(range(self.shape[1]))])
-    for D,P in zip(self._signs[::-1], self._perms[::-1]):
+    m = self.shape[1]
+    if self.kind != 'ssrft': return torch.cat([self.columns(c).T @ U for c in _chunks(range(m))])
+    for D, P in zip(self._signs[::-1], self._perms[::-1]):
         Z = torch.empty_like(U)
         Z[P] = D*U
         U = dct(Z)
-    return U[self._rows[:self.shape[1]]]*self.shape[0]**.5
+    return U[self._rows[:m]]*self.shape[0]**.5
 
 # %% ../nbs/20_sketch.ipynb #770e5818
-_WHOLE = dict(core='num_outer', singlepass='num_inner', nystrom='num_inner') # one-pass recoveries, and how many whole images each keeps
-_STREAM = 2**32 # distance of the seeds of independent test matrices
+STREAM = 2**32  # distance of the seeds of independent test matrices
+_WHOLE = dict(core='num_outer', singlepass='num_inner', nystrom='num_inner')  # how many whole images a recovery keeps
 
 def _check_sizes(k, num_outer, num_inner, n):
-    if not k<=num_outer<=num_inner<=n: raise ValueError(f'k ≤ num_outer ≤ num_inner ≤ n must hold, got {k}, {num_outer}, {num_inner}, {n}')
+    if k <= num_outer <= num_inner <= n: return
+    raise ValueError(f'k ≤ num_outer ≤ num_inner ≤ n must hold, got {k}, {num_outer}, {num_inner}, {n}')
 
+def _one_of(name, value, known):
+    if value not in known: raise ValueError(f"{name} must be {', '.join(map(repr, known))}, got {value!r}")
+
+# %% ../nbs/20_sketch.ipynb #e9c15410
 class Sketch:
     "Images of columns of a seeded test matrix under a symmetric operator, from which `recover` makes eigenpairs"
     def __init__(self,
-        n:int, # rows of the operator
+        n: int,  # rows of the operator
         *,
-        num_outer:int, # rank of the reconstruction, 1 ≤ num_outer ≤ num_inner
-        num_inner:int, # measurements in all, at most n
-        test_matrix:str='ssrft', # 'ssrft', 'gauss' or 'sign'
-        recovery:str='core', # 'core', 'singlepass' or 'nystrom'; it decides what is kept of a measurement
-        seed:int, # of the test matrices
-        dtype:torch.dtype=torch.float64, # of the operator
-        device:torch.device|str='cpu', # of the operator
+        num_outer: int,  # rank of the reconstruction, 1 ≤ num_outer ≤ num_inner
+        num_inner: int,  # measurements in all, at most n
+        test_matrix: str = 'ssrft',  # 'ssrft', 'gauss' or 'sign'
+        recovery: str = 'core',  # 'core', 'singlepass' or 'nystrom'; it decides what is kept of a measurement
+        seed: int,  # of the test matrices
+        dtype: torch.dtype = torch.float64,  # of the operator
+        device: torch.device | str = 'cpu',  # of the operator
     ):
         _check_sizes(1, num_outer, num_inner, n)
-        if recovery not in _WHOLE: raise ValueError(f"a sketch's recovery must be {', '.join(map(repr, _WHOLE))}, got {recovery!r}")
-        self.settings = dict(n=n, num_outer=num_outer, num_inner=num_inner, test_matrix=test_matrix, recovery=recovery, seed=seed, dtype=dtype)
-        self.Omega,self.Psi = (TestMatrix(n, num_inner, test_matrix, seed=s, dtype=dtype, device=device) for s in (seed, seed+_STREAM))
-        self.whole,self.columns,self.seconds = self.settings[_WHOLE[recovery]],[],0.
-        self.Y = torch.empty(n, 0, dtype=dtype, device=device) # whole images, of the measured columns below `whole`
-        self.W = self.Y[:num_inner if recovery=='core' else 0] # all measured columns seen through Psi
+        _one_of("a sketch's recovery", recovery, _WHOLE)
+        self.settings = dict(n=n, num_outer=num_outer, num_inner=num_inner, test_matrix=test_matrix,
+                             recovery=recovery, seed=seed, dtype=dtype)
+        test = lambda seed: TestMatrix(n, num_inner, test_matrix, seed=seed, dtype=dtype, device=device)
+        self.Omega, self.Psi = (test(s) for s in (seed, seed+STREAM))
+        self.columns, self.seconds = [], 0.
+        self.whole = self.settings[_WHOLE[recovery]]
+        self.Y = torch.empty(n, 0, dtype=dtype, device=device)  # whole images, of the measured columns below `whole`
+        self.W = self.Y[:num_inner if recovery == 'core' else 0]  # all measured columns seen through Psi
     def __repr__(self):
         s = self.settings
-        return f"Sketch({s['recovery']}: {len(self.columns)} of {s['num_inner']} measurements made, {s['n']} dimensions, seed {s['seed']})"
+        made = f"{len(self.columns)} of {s['num_inner']} measurements made"
+        return f"Sketch({s['recovery']}: {made}, {s['n']} dimensions, seed {s['seed']})"
 
 # %% ../nbs/20_sketch.ipynb #5b2b90e9
-def _images(A, vectors, columns, progress=False, which=''):
+def operator_images(A, vectors, columns, progress=False, which=''):
     "Columns and their images under A, in blocks of 64; NaN and infinity are errors"
     for c in tqdm(_chunks(columns), desc='sketch', leave=False, disable=not progress):
         Y = A @ vectors(c)
         bad = ~torch.isfinite(Y).all(0)
-        if bad.any(): raise FloatingPointError(f'A @ V is not finite in column {c[int(bad.nonzero()[0])]}{which}')
-        yield c,Y
+        if bad.any():
+            first = c[int(bad.nonzero()[0])]
+            raise FloatingPointError(f'A @ V is not finite in column {first}{which}')
+        yield c, Y
 
 @patch(as_prop=True)
-def missing(self:Sketch)->list[int]: # columns of the test matrix that have not been measured yet, ascending
+def missing(self: Sketch) -> list[int]:  # columns of the test matrix that have not been measured yet, ascending
     "What is left to do"
     return sorted(set(range(self.settings['num_inner'])).difference(self.columns))
 
 @patch
-def _check_new(self:Sketch, columns):
-    if wrong := [c for c in columns if not 0<=c<self.settings['num_inner']]:
-        raise ValueError(f"columns are 0 to {self.settings['num_inner']-1}, got {wrong[0]}")
+def _check_new(self: Sketch, columns):
+    m = self.settings['num_inner']
     seen = set(self.columns)
-    if twice := [c for i,c in enumerate(columns) if c in seen or c in columns[:i]]:
-        raise ValueError(f'column {twice[0]} would be measured twice')
+    wrong = [c for c in columns if not 0 <= c < m]
+    if wrong: raise ValueError(f'columns are 0 to {m-1}, got {wrong[0]}')
+    twice = [c for i, c in enumerate(columns) if c in seen or c in columns[:i]]
+    if twice: raise ValueError(f'column {twice[0]} would be measured twice')
 
 # %% ../nbs/20_sketch.ipynb #04ad9391
 @patch
-def measure(self:Sketch,
-    A, # (n, n) symmetric operator, of the sketch's dtype and device
-    columns:Iterable[int]|None=None, # which columns of the test matrix, 0 to num_inner - 1; None: all that are missing
+def measure(self: Sketch,
+    A,  # (n, n) symmetric operator, of the sketch's dtype and device
+    columns: Iterable[int] | None = None,  # of the test matrix, 0 to num_inner - 1; None: all that are missing
     *,
-    progress:bool=False, # a tqdm bar over blocks of measurements
-)->Sketch: # the same sketch
+    progress: bool = False,  # a tqdm bar over blocks of measurements
+) -> Sketch:  # the same sketch
     "Multiply columns of the test matrix with A, and keep what the recovery needs"
-    start,(A,n),s = time.perf_counter(), _check_problem(A, 1), self.settings
-    if (n,A.dtype,A.device)!=(s['n'],s['dtype'],self.Y.device):
+    start = time.perf_counter()
+    A, n = check_problem(A, 1)
+    s = self.settings
+    if (n, A.dtype, A.device) != (s['n'], s['dtype'], self.Y.device):
         raise ValueError(f"the sketch is of {s['n']} dimensions, {s['dtype']} on {self.Y.device}; A is {A}")
     columns = self.missing if columns is None else list(columns)
     self._check_new(columns)
-    Y,W = [self.Y],[self.W]
-    for c,y in _images(A, self.Omega.columns, columns, progress):
-        Y.append(y[:,[j<self.whole for j in c]])
-        W.append(self.Psi.T @ y if s['recovery']=='core' else y[:0])
-    self.columns,self.Y,self.W = self.columns+columns, torch.cat(Y, 1), torch.cat(W, 1)
+    Y, W = [self.Y], [self.W]
+    for c, y in operator_images(A, self.Omega.columns, columns, progress):
+        Y.append(y[:, [j < self.whole for j in c]])
+        W.append(self.Psi.T @ y if s['recovery'] == 'core' else y[:0])
+    self.columns = self.columns+columns
+    self.Y, self.W = torch.cat(Y, 1), torch.cat(W, 1)
     self.seconds += time.perf_counter()-start
     return self
 
 # %% ../nbs/20_sketch.ipynb #92937425
 @patch
-def merge(self:Sketch,
-    *others:Sketch, # with the same settings, and other columns
-)->Sketch: # the same sketch
+def merge(self: Sketch,
+    *others: Sketch,  # with the same settings, and other columns
+) -> Sketch:  # the same sketch
     "Take over the measurements of others"
     for o in others:
-        if differ := [k for k,v in self.settings.items() if o.settings[k]!=v]:
-            raise ValueError(f'only sketches of the same settings merge, these differ in {(k := differ[0])}: {self.settings[k]} and {o.settings[k]}')
+        for name, ours in self.settings.items():
+            theirs = o.settings[name]
+            if ours != theirs:
+                raise ValueError('only sketches of the same settings merge, '
+                                 f'these differ in {name}: {ours} and {theirs}')
         self._check_new(o.columns)
         self.columns = self.columns + o.columns
-        self.Y,self.W = (torch.cat([a, b.to(a.device)], 1) for a,b in ((self.Y,o.Y), (self.W,o.W)))
+        self.Y = torch.cat([self.Y, o.Y.to(self.Y.device)], 1)
+        self.W = torch.cat([self.W, o.W.to(self.W.device)], 1)
         self.seconds += o.seconds
     return self
 
+# %% ../nbs/20_sketch.ipynb #dcfdb17c
 @patch
-def save(self:Sketch,
-    path:str|Path, # of the file; its folder exists
+def save(self: Sketch,
+    path: str | Path,  # of the file; its folder exists
 ):
     "Write settings and measurements to a file"
-    torch.save(dict(settings=self.settings, columns=self.columns, seconds=self.seconds, Y=self.Y.cpu(), W=self.W.cpu()), path)
+    made = dict(columns=self.columns, seconds=self.seconds, Y=self.Y.cpu(), W=self.W.cpu())
+    torch.save(dict(settings=self.settings, **made), path)
 
 @patch(cls_method=True)
-def load(cls:Sketch,
-    path:str|Path, # written by `save`
+def load(cls: Sketch,
+    path: str | Path,  # written by `save`
     *,
-    device:torch.device|str='cpu', # where to go on
-)->Sketch: # as it was
+    device: torch.device | str = 'cpu',  # where to go on
+) -> Sketch:  # as it was
     "A sketch from its file, to be merged, continued or recovered"
     d = torch.load(path, weights_only=True)
     s = cls(**d['settings'], device=device)
-    s.columns,s.seconds,s.Y,s.W = d['columns'],d['seconds'],d['Y'].to(device),d['W'].to(device)
+    s.columns, s.seconds = d['columns'], d['seconds']
+    s.Y, s.W = d['Y'].to(device), d['W'].to(device)
     return s
 
 # %% ../nbs/20_sketch.ipynb #a7a3d6f7
 def _pinv_apply(B, W):
-    "B⁺W for a tall B, by QR: the same bits every time, which LAPACK's least squares does not promise; by truncated SVD if the rank is in doubt"
-    Q,R = torch.linalg.qr(B)
-    d,eps = R.diagonal().abs(), torch.finfo(B.dtype).eps
-    if d.min()>len(B)*eps*d.max(): return torch.linalg.solve_triangular(R, Q.T @ W, upper=True)
-    U,s,Vh = torch.linalg.svd(B, full_matrices=False)
-    good = s>len(B)*eps*s[0]
-    return Vh[good].T @ ((U[:,good].T @ W)/s[good,None])
+    "B⁺W for a tall B, by QR; by truncated SVD if the rank is in doubt"
+    Q, R = torch.linalg.qr(B)  # the same bits every time, which LAPACK's least squares does not promise
+    d = R.diagonal().abs()
+    eps = torch.finfo(B.dtype).eps
+    if d.min() > len(B)*eps*d.max(): return torch.linalg.solve_triangular(R, Q.T @ W, upper=True)
+    U, s, Vh = torch.linalg.svd(B, full_matrices=False)
+    good = s > len(B)*eps*s[0]
+    return Vh[good].T @ ((U[:, good].T @ W)/s[good, None])
 
+def _fit_core(left, image, right):
+    "The M that fits image ≈ left M rightᵀ best, in float64"
+    return _pinv_apply(right.double(), _pinv_apply(left.double(), image.double()).T).T
+
+# %% ../nbs/20_sketch.ipynb #222cb250
 def _core(s, Y, W):
     Q = torch.linalg.qr(Y).Q
-    left,right,W = (s.Psi.T @ Q).double(), (s.Omega.T @ Q).double(), W.double()
-    return Q, _pinv_apply(right, _pinv_apply(left, W).T).T
+    return Q, _fit_core(s.Psi.T @ Q, W, s.Omega.T @ Q)
 
 def _singlepass(s, Y, W):
-    Q,R = torch.linalg.qr(Y)
-    rotation = torch.linalg.svd(R.double())[0][:,:s.settings['num_outer']]
-    Q,H = Q @ rotation.to(Q.dtype), rotation.T @ R.double() # H = QᵀY
+    Q, R = torch.linalg.qr(Y)
+    rotation = torch.linalg.svd(R.double())[0][:, :s.settings['num_outer']]
+    Q = Q @ rotation.to(Q.dtype)
+    H = rotation.T @ R.double()  # QᵀY
     return Q, _pinv_apply((s.Omega.T @ Q).double(), H.T).T
 
 def _nystrom(s, Y, W):
-    (Q,R),G = torch.linalg.qr(Y), (s.Omega.T @ Y).double()
-    w,V = torch.linalg.eigh((G+G.T)/2)
+    Q, R = torch.linalg.qr(Y)
+    G = (s.Omega.T @ Y).double()
+    w, V = torch.linalg.eigh((G+G.T)/2)
     top = w.abs().argsort(descending=True, stable=True)[:s.settings['num_outer']]
-    top = top[w[top].abs()>len(w)*torch.finfo(Y.dtype).eps*w.abs().max()]
-    B = R.double() @ V[:,top]
+    top = top[w[top].abs() > len(w)*torch.finfo(Y.dtype).eps*w.abs().max()]
+    B = R.double() @ V[:, top]
     return Q, (B/w[top]) @ B.T
 
-_RECOVER = dict(core=_core, singlepass=_singlepass, nystrom=_nystrom) # (sketch, Y, W) -> orthonormal Q and core M, A ≈ QMQᵀ
+# (sketch, Y, W) -> orthonormal Q and core M, A ≈ QMQᵀ
+_RECOVER = dict(core=_core, singlepass=_singlepass, nystrom=_nystrom)
 
 # %% ../nbs/20_sketch.ipynb #5863aa19
 def _from_core(Q, M, k, what):
     "The k leading eigenpairs of QMQᵀ for a core M in float64, and info with the first eigenvalue not among them"
-    theta,F = torch.linalg.eigh((M+M.T)/2)
+    theta, F = torch.linalg.eigh((M+M.T)/2)
     top = theta.abs().argsort(descending=True, stable=True)
-    next_eigval = theta[top[k]].item() if k<len(top) else None
+    next_eigval = theta[top[k]].item() if k < len(top) else None
     info = dict(method='seigh', converged=None, residual_norms=None, next_eigval=next_eigval) | what
-    return EighResult(theta[top[:k]].to(Q.dtype), Q @ F[:,top[:k]].to(Q.dtype), info)
+    return EighResult(theta[top[:k]].to(Q.dtype), Q @ F[:, top[:k]].to(Q.dtype), info)
 
+# %% ../nbs/20_sketch.ipynb #a727c853
 @patch
-def recover(self:Sketch,
-    k:int, # number of eigenpairs, 1 ≤ k ≤ num_outer
-)->EighResult: # k eigenpairs, largest |eigenvalue| first; info['converged'] is None: a sketch does not know its error
+def recover(self: Sketch,
+    k: int,  # number of eigenpairs, 1 ≤ k ≤ num_outer
+) -> EighResult:  # k pairs, largest |eigenvalue| first; info['converged'] is None: a sketch does not know its error
     "Eigenpairs from a complete set of measurements; costs no product"
-    start,s = time.perf_counter(),self.settings
+    start = time.perf_counter()
+    s = self.settings
     _check_k(k, s['n'])
     _check_sizes(k, s['num_outer'], s['num_inner'], s['n'])
-    if self.missing:
-        raise ValueError(f"{len(self.missing)} of {s['num_inner']} columns have not been measured, the first is {self.missing[0]}")
-    order = sorted(range(len(self.columns)), key=self.columns.__getitem__)
-    whole = [c for c in self.columns if c<self.whole]
-    Q,M = _RECOVER[s['recovery']](self, self.Y[:,sorted(range(len(whole)), key=whole.__getitem__)], self.W[:,order])
-    info = {key:s[key] for key in ('num_outer','num_inner','test_matrix','recovery','seed')}
-    info |= dict(matvecs=len(order), passes=1, basis_bytes=self.Y.numel()*self.Y.element_size(), seconds=self.seconds+time.perf_counter()-start)
+    missing = self.missing
+    if missing:
+        raise ValueError(f"{len(missing)} of {s['num_inner']} columns have not been measured, "
+                         f'the first is {missing[0]}')
+    whole = [c for c in self.columns if c < self.whole]
+    Y = self.Y[:, sorted(range(len(whole)), key=whole.__getitem__)]
+    W = self.W[:, sorted(range(len(self.columns)), key=self.columns.__getitem__)]
+    Q, M = _RECOVER[s['recovery']](self, Y, W)
+    info = {key: s[key] for key in ('num_outer', 'num_inner', 'test_matrix', 'recovery', 'seed')}
+    info |= dict(matvecs=len(self.columns), passes=1, basis_bytes=self.Y.numel()*self.Y.element_size())
+    info['seconds'] = self.seconds+time.perf_counter()-start
     return _from_core(Q, M, k, info)
 
 # %% ../nbs/20_sketch.ipynb #738e0895
+def _image(A, vectors, m, progress, which=''):
+    "All m images, side by side"
+    return torch.cat([Y for _, Y in operator_images(A, vectors, range(m), progress, which)], 1)
+
+def _columns_of(Q): return lambda c: Q[:, c.start:c.stop]
+
 def _hmt(A, k, num_outer, num_power, test_matrix, seed, progress):
     "Randomised subspace iteration with Rayleigh-Ritz, and its residual norms"
-    Omega,Q = TestMatrix(A.shape[0], num_outer, test_matrix, seed=seed, dtype=A.dtype, device=A.device),None
-    for i in range(num_power+2):
-        vectors = Omega.columns if Q is None else lambda c: Q[:,c.start:c.stop]
-        Y = torch.cat([y for _,y in _images(A, vectors, range(num_outer), progress, f' of pass {i+1}')], 1)
-        if i<num_power+1: Q = torch.linalg.qr(Y).Q
-    info = dict(num_outer=num_outer, num_inner=num_outer, test_matrix=test_matrix, recovery='hmt', seed=seed, num_power=num_power,
-                matvecs=num_outer*(num_power+2), passes=num_power+2, basis_bytes=2*Y.numel()*Y.element_size())
+    vectors = TestMatrix(A.shape[0], num_outer, test_matrix, seed=seed, dtype=A.dtype, device=A.device).columns
+    passes = num_power+2
+    for i in range(passes):
+        Y = _image(A, vectors, num_outer, progress, f' of pass {i+1}')
+        if i == passes-1: break
+        Q = torch.linalg.qr(Y).Q
+        vectors = _columns_of(Q)
+    info = dict(num_outer=num_outer, num_inner=num_outer, test_matrix=test_matrix, recovery='hmt', seed=seed,
+                num_power=num_power, matvecs=num_outer*passes, passes=passes, basis_bytes=2*Y.numel()*Y.element_size())
     r = _from_core(Q, (Q.T @ Y).double(), k, info)
     r.info['residual_norms'] = (Y @ (Q.T @ r.eigvecs) - r.eigvecs*r.eigvals).norm(dim=0).double().cpu()
     return r
@@ -282,37 +349,44 @@ def _hmt(A, k, num_outer, num_power, test_matrix, seed, progress):
 # %% ../nbs/20_sketch.ipynb #267988cc
 def _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known):
     "Sizes with defaults filled in"
-    if recovery not in known: raise ValueError(f"recovery must be {', '.join(map(repr, known))}, got {recovery!r}")
-    if recovery=='hmt' and num_inner is not None:
+    _one_of('recovery', recovery, known)
+    if recovery == 'hmt' and num_inner is not None:
         raise ValueError("num_inner is for sketches of one pass; 'hmt' multiplies num_outer columns in every pass")
-    if recovery!='hmt' and num_power is not None: raise ValueError(f"num_power is for recovery='hmt', not {recovery!r}")
+    if recovery != 'hmt' and num_power is not None:
+        raise ValueError(f"num_power is for recovery='hmt', not {recovery!r}")
     num_power = 0 if num_power is None else num_power
-    if isinstance(num_power, bool) or not isinstance(num_power, int) or num_power<0:
+    if isinstance(num_power, bool) or not isinstance(num_power, int) or num_power < 0:
         raise ValueError(f'num_power must be an integer, at least 0, got {num_power!r}')
     if num_outer is None: num_outer = min(k+5, n)
-    if num_inner is None: num_inner = num_outer if recovery=='hmt' else min(2*num_outer, n)
+    if num_inner is None: num_inner = num_outer if recovery == 'hmt' else min(2*num_outer, n)
     _check_sizes(k, num_outer, num_inner, n)
-    return num_outer,num_inner,num_power
+    return num_outer, num_inner, num_power
 
 # %% ../nbs/20_sketch.ipynb #94894fa7
 def seigh(
-    A, # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
-    k:int, # number of eigenpairs, 1 ≤ k ≤ num_outer
+    A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
+    k: int,  # number of eigenpairs, 1 ≤ k ≤ num_outer
     *,
-    num_outer:int|None=None, # rank of the reconstruction, k ≤ num_outer ≤ num_inner; None: k + 5, as in the paper
-    num_inner:int|None=None, # products with A in all, num_outer ≤ num_inner ≤ n; None: twice num_outer, as in the paper. Not for 'hmt'
-    test_matrix:str='ssrft', # 'ssrft', 'gauss' or 'sign'
-    recovery:str='core', # 'core' (Tropp et al. 2019), 'singlepass' or 'hmt' (Halko et al. 2011), 'nystrom' (Nakatsukasa and Park 2023)
-    num_power:int|None=None, # power iterations of 'hmt', at least 0 (the default): (2 + num_power)·num_outer products in all
-    seed:int, # of the test matrices
-    progress:bool=False, # a tqdm bar over blocks of measurements
-)->EighResult: # k eigenpairs, largest |eigenvalue| first; info['converged'] is None: a sketch does not know its error
+    num_outer: int | None = None,  # rank of the reconstruction, k ≤ num_outer ≤ num_inner; None: k + 5, as in the paper
+    # products with A in all, num_outer ≤ num_inner ≤ n; None: twice num_outer, as in the paper. Not for 'hmt'
+    num_inner: int | None = None,
+    test_matrix: str = 'ssrft',  # 'ssrft', 'gauss' or 'sign'
+    # 'core' (Tropp et al. 2019), 'singlepass' or 'hmt' (Halko et al. 2011), 'nystrom' (Nakatsukasa and Park 2023)
+    recovery: str = 'core',
+    # power iterations of 'hmt', at least 0 (the default): (2 + num_power)·num_outer products in all
+    num_power: int | None = None,
+    seed: int,  # of the test matrices
+    progress: bool = False,  # a tqdm bar over blocks of measurements
+) -> EighResult:  # k pairs, largest |eigenvalue| first; info['converged'] is None: a sketch does not know its error
     "Sketched eigendecomposition (Fernandez et al. 2025; Tropp et al. 2019)"
-    start,(A,n) = time.perf_counter(), _check_problem(A, k)
-    num_outer,num_inner,num_power = _check_recovery(k, num_outer, num_inner, n, recovery, num_power, (*_WHOLE,'hmt'))
-    if recovery=='hmt': r = _hmt(A, k, num_outer, num_power, test_matrix, seed, progress)
+    start = time.perf_counter()
+    A, n = check_problem(A, k)
+    known = (*_WHOLE, 'hmt')
+    num_outer, num_inner, num_power = _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known)
+    if recovery == 'hmt': r = _hmt(A, k, num_outer, num_power, test_matrix, seed, progress)
     else:
-        s = Sketch(n, num_outer=num_outer, num_inner=num_inner, test_matrix=test_matrix, recovery=recovery, seed=seed, dtype=A.dtype, device=A.device)
+        s = Sketch(n, num_outer=num_outer, num_inner=num_inner, test_matrix=test_matrix, recovery=recovery,
+                   seed=seed, dtype=A.dtype, device=A.device)
         r = s.measure(A, progress=progress).recover(k)
     r.info['seconds'] = time.perf_counter()-start
     return r
@@ -320,62 +394,74 @@ def seigh(
 # %% ../nbs/20_sketch.ipynb #f5ed327b
 class SVDResult(NamedTuple):
     "Leading singular triplets of an operator and how they were found"
-    U:Tensor # (m, k) orthonormal columns, left singular vectors
-    S:Tensor # (k,) singular values, largest first, in the operator's dtype and device
-    Vh:Tensor # (k, n) orthonormal rows, right singular vectors
-    info:dict # method, recovery, matvecs (with A and its transpose), seconds, seed, converged, residual_norms (k,) or None, ...
+    U: Tensor  # (m, k) orthonormal columns, left singular vectors
+    S: Tensor  # (k,) singular values, largest first, in the operator's dtype and device
+    Vh: Tensor  # (k, n) orthonormal rows, right singular vectors
+    # method, recovery, matvecs (with A and its transpose), seconds, seed, converged, residual_norms (k,) or None, ...
+    info: dict
     def __repr__(self):
-        (m,k),n,i = self.U.shape,self.Vh.shape[1],self.info
+        m, k = self.U.shape
+        n = self.Vh.shape[1]
+        i = self.info
         ends = f'σ1 = {self.S[0].item():.6g}, σ{k} = {self.S[-1].item():.6g}'
-        return f"SVDResult({i['method']}: {k} singular triplets of {m} x {n}, {ends}; {i['matvecs']} matvecs; {_trust(i)})"
+        what = f"{i['method']}: {k} singular triplets of {m} x {n}"
+        return f"SVDResult({what}, {ends}; {i['matvecs']} matvecs; {_trust(i)})"
 
 # %% ../nbs/20_sketch.ipynb #0b486e71
 def _svd_core(A, o, i, test, progress):
     "Q, M, P of A ≈ QMPᵀ (Tropp et al. 2019), and the products used"
-    Upsilon,Omega,Psi = test(A.shape[0], o, 2), test(A.shape[1], i, 0), test(A.shape[0], i, 1)
-    P = torch.linalg.qr(torch.cat([x for _,x in _images(A.T, Upsilon.columns, range(o), progress, ' of the transpose')], 1)).Q
-    Y,W = zip(*((y[:,[j<o for j in c]], Psi.T @ y) for c,y in _images(A, Omega.columns, range(i), progress)))
-    Q,W = torch.linalg.qr(torch.cat(Y, 1)).Q, torch.cat(W, 1).double()
-    left,right = (Psi.T @ Q).double(), (Omega.T @ P).double()
-    return Q, _pinv_apply(right, _pinv_apply(left, W).T).T, P, i+o
+    Upsilon, Omega, Psi = test(A.shape[0], o, 2), test(A.shape[1], i, 0), test(A.shape[0], i, 1)
+    P = torch.linalg.qr(_image(A.T, Upsilon.columns, o, progress, ' of the transpose')).Q
+    Y, W = [], []
+    for c, y in operator_images(A, Omega.columns, range(i), progress):
+        Y.append(y[:, [j < o for j in c]])
+        W.append(Psi.T @ y)
+    Q = torch.linalg.qr(torch.cat(Y, 1)).Q
+    return Q, _fit_core(Psi.T @ Q, torch.cat(W, 1), Omega.T @ P), P, i+o
 
 def _svd_singlepass(A, o, i, test, progress):
     "Q, M, P of A ≈ Q(ΨᵀQ)⁺(ΨᵀA) with ΨᵀA = (PR)ᵀ (Tropp et al. 2017; Nakatsukasa 2020)"
-    Omega,Psi = test(A.shape[1], o, 0), test(A.shape[0], i, 1)
-    X = torch.cat([x for _,x in _images(A.T, Psi.columns, range(i), progress, ' of the transpose')], 1)
-    Q = torch.linalg.qr(torch.cat([y for _,y in _images(A, Omega.columns, range(o), progress)], 1)).Q
-    P,R = torch.linalg.qr(X)
+    Omega, Psi = test(A.shape[1], o, 0), test(A.shape[0], i, 1)
+    X = _image(A.T, Psi.columns, i, progress, ' of the transpose')
+    Q = torch.linalg.qr(_image(A, Omega.columns, o, progress)).Q
+    P, R = torch.linalg.qr(X)
     return Q, _pinv_apply((Psi.T @ Q).double(), R.T.double()), P, i+o
 
 def _svd_hmt(A, o, num_power, test, progress):
     "Q, M, P of A ≈ QQᵀA with AᵀQ = PMᵀ after power iterations (Halko et al. 2011, algorithm 4.4)"
     Q = test(A.shape[1], o, 0).columns(range(o))
-    for p in range(2*num_power+2): # A and its transpose in turn; the last pass is AᵀQ
-        images = _images(A.T if p%2 else A, lambda c: Q[:,c.start:c.stop], range(o), progress, f' of pass {p+1}')
-        left,(Q,R) = Q, torch.linalg.qr(torch.cat([y for _,y in images], 1))
+    for p in range(2*num_power+2):  # A and its transpose in turn; the last pass is AᵀQ
+        left = Q
+        Q, R = torch.linalg.qr(_image(A.T if p % 2 else A, _columns_of(left), o, progress, f' of pass {p+1}'))
     return left, R.T, Q, o*(2*num_power+2)
 
 # %% ../nbs/20_sketch.ipynb #0a6a0109
 def ssvd(
-    A, # (m, n) operator with a transpose: LinearOperator, tensor, SciPy or curvlinops operator
-    k:int, # number of singular triplets, 1 ≤ k ≤ num_outer
+    A,  # (m, n) operator with a transpose: LinearOperator, tensor, SciPy or curvlinops operator
+    k: int,  # number of singular triplets, 1 ≤ k ≤ num_outer
     *,
-    num_outer:int|None=None, # rank of the reconstruction, k ≤ num_outer ≤ num_inner; None: k + 5
-    num_inner:int|None=None, # measurements that the fit uses, num_outer ≤ num_inner ≤ min(m, n); None: twice num_outer. Not for 'hmt'
-    test_matrix:str='ssrft', # 'ssrft', 'gauss' or 'sign'
-    recovery:str='core', # 'core' (Tropp et al. 2019), 'singlepass' (Tropp et al. 2017), 'hmt' (Halko et al. 2011)
-    num_power:int|None=None, # power iterations of 'hmt', at least 0 (the default)
-    seed:int, # of the test matrices
-    progress:bool=False, # a tqdm bar over blocks of measurements
-)->SVDResult: # k singular triplets, largest first; info['converged'] is None: a sketch does not know its error
+    num_outer: int | None = None,  # rank of the reconstruction, k ≤ num_outer ≤ num_inner; None: k + 5
+    # measurements that the fit uses, num_outer ≤ num_inner ≤ min(m, n); None: twice num_outer. Not for 'hmt'
+    num_inner: int | None = None,
+    test_matrix: str = 'ssrft',  # 'ssrft', 'gauss' or 'sign'
+    recovery: str = 'core',  # 'core' (Tropp et al. 2019), 'singlepass' (Tropp et al. 2017), 'hmt' (Halko et al. 2011)
+    num_power: int | None = None,  # power iterations of 'hmt', at least 0 (the default)
+    seed: int,  # of the test matrices
+    progress: bool = False,  # a tqdm bar over blocks of measurements
+) -> SVDResult:  # k singular triplets, largest first; info['converged'] is None: a sketch does not know its error
     "Sketched singular value decomposition (Tropp et al. 2019)"
-    start,A = time.perf_counter(),aslinearoperator(A)
-    _check_k(k, min(A.shape))
-    o,i,num_power = _check_recovery(k, num_outer, num_inner, min(A.shape), recovery, num_power, ('core','singlepass','hmt'))
-    test = lambda rows,m,stream: TestMatrix(rows, m, test_matrix, seed=seed+stream*_STREAM, dtype=A.dtype, device=A.device)
-    if recovery=='hmt': Q,M,P,matvecs = _svd_hmt(A, o, num_power, test, progress)
-    else: Q,M,P,matvecs = (_svd_core if recovery=='core' else _svd_singlepass)(A, o, i, test, progress)
-    F,S,Gh = torch.linalg.svd(M.double(), full_matrices=False)
-    info = dict(method='ssvd', recovery=recovery, matvecs=matvecs, converged=None, residual_norms=None, num_outer=o, num_inner=i, num_power=num_power,
-                test_matrix=test_matrix, passes=2+2*num_power, seconds=time.perf_counter()-start, seed=seed)
-    return SVDResult(Q @ F[:,:k].to(A.dtype), S[:k].to(A.dtype), Gh[:k].to(A.dtype) @ P.T, info)
+    start = time.perf_counter()
+    A = aslinearoperator(A)
+    n, known = min(A.shape), ('core', 'singlepass', 'hmt')
+    _check_k(k, n)
+    o, i, num_power = _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known)
+    def test(rows, m, stream):
+        return TestMatrix(rows, m, test_matrix, seed=seed+stream*STREAM, dtype=A.dtype, device=A.device)
+    if recovery == 'hmt': Q, M, P, matvecs = _svd_hmt(A, o, num_power, test, progress)
+    elif recovery == 'core': Q, M, P, matvecs = _svd_core(A, o, i, test, progress)
+    else: Q, M, P, matvecs = _svd_singlepass(A, o, i, test, progress)
+    F, S, Gh = torch.linalg.svd(M.double(), full_matrices=False)
+    info = dict(method='ssvd', recovery=recovery, matvecs=matvecs, converged=None, residual_norms=None,
+                num_outer=o, num_inner=i, num_power=num_power, test_matrix=test_matrix, passes=2+2*num_power,
+                seconds=time.perf_counter()-start, seed=seed)
+    return SVDResult(Q @ F[:, :k].to(A.dtype), S[:k].to(A.dtype), Gh[:k].to(A.dtype) @ P.T, info)

@@ -4,34 +4,45 @@
 
 # %% ../nbs/02_synthmat.ipynb #ed95d062
 from __future__ import annotations
-from typing import Iterable
-import math, numpy as np, torch
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from fastcore.basics import patch
 from torch import Tensor
+
 from .linop import LinearOperator
 
 # %% auto #0
 __all__ = ['column_noise', 'dct', 'idct', 'synth_eigvals', 'SynthOperator']
 
 # %% ../nbs/02_synthmat.ipynb #3261e39d
+_NOISE = {
+    'sign': lambda g, n: 2*g.integers(0, 2, n, dtype=np.int8)-1,
+    'gauss': lambda g, n: g.standard_normal(n)}
+
 def column_noise(
-    n:int, # length of a column
-    columns:Iterable[int], # which columns, each at least 0
+    n: int,  # length of a column
+    columns: Iterable[int],  # which columns, each at least 0
     *,
-    seed:int, # at least 0; together with the column it determines every entry
-    kind:str='sign', # 'sign': ±1 with equal odds (Rademacher); 'gauss': standard normal
-    dtype:torch.dtype=torch.float64, # drawn in float64, then rounded
-    device:torch.device|str='cpu', # drawn on the CPU, then moved
-)->Tensor: # (n, number of columns), entries of mean 0 and variance 1
+    seed: int,  # at least 0; together with the column it determines every entry
+    kind: str = 'sign',  # 'sign': ±1 with equal odds (Rademacher); 'gauss': standard normal
+    dtype: torch.dtype = torch.float64,  # drawn in float64, then rounded
+    device: torch.device | str = 'cpu',  # drawn on the CPU, then moved
+) -> Tensor:  # (n, number of columns), entries of mean 0 and variance 1
     "Independent columns of noise, a function of (seed, column) alone"
     draw = _NOISE.get(kind)
     if draw is None: raise ValueError(f'kind must be one of {list(_NOISE)}, got {kind!r}')
-    if not isinstance(seed, (int,np.integer)) or seed<0: raise ValueError(f'seed must be an integer, at least 0, got {seed!r}')
-    out = torch.empty(n, len(columns := list(columns)), dtype=dtype)
-    for j,c in enumerate(columns):
-        out[:,j] = torch.from_numpy(draw(np.random.Generator(np.random.Philox(key=[seed % 2**64, c])), n)).to(dtype)
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f'seed must be an integer, at least 0, got {seed!r}')
+    columns = list(columns)
+    out = torch.empty(n, len(columns), dtype=dtype)
+    for j, c in enumerate(columns):
+        generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, c]))
+        out[:, j] = torch.from_numpy(draw(generator, n)).to(dtype)
     return out.to(device)
-
-_NOISE = {'sign': lambda g,n: 2*g.integers(0, 2, n, dtype=np.int8)-1, 'gauss': lambda g,n: g.standard_normal(n)}
 
 # %% ../nbs/02_synthmat.ipynb #b1e3c12e
 def _twiddle(x, sign):
@@ -40,71 +51,86 @@ def _twiddle(x, sign):
     phase = torch.arange(n, dtype=x.dtype, device=x.device)*(sign*math.pi/(2*n))
     scale = torch.full((n,), math.sqrt(2/n), dtype=x.dtype, device=x.device)
     scale[0] = math.sqrt(1/n)
-    return torch.polar(torch.ones_like(phase), phase)[:,None], scale[:,None]
+    return torch.polar(torch.ones_like(phase), phase)[:, None], scale[:, None]
 
 def dct(
-    x:Tensor, # (n, m) real; transformed along the first dimension
-)->Tensor: # (n, m)
+    x: Tensor,  # (n, m) real; transformed along the first dimension
+) -> Tensor:  # (n, m)
     "Orthonormal DCT-II of each column (Makhoul 1980)"
-    w,scale = _twiddle(x, -1)
-    return (torch.fft.fft(torch.cat([x[::2], x[1::2].flip(0)]), dim=0)*w).real*scale
+    w, scale = _twiddle(x, -1)
+    reordered = torch.cat([x[::2], x[1::2].flip(0)])
+    return (torch.fft.fft(reordered, dim=0)*w).real*scale
 
+# %% ../nbs/02_synthmat.ipynb #165af35e
 def idct(
-    y:Tensor, # (n, m) real; transformed along the first dimension
-)->Tensor: # (n, m)
+    y: Tensor,  # (n, m) real; transformed along the first dimension
+) -> Tensor:  # (n, m)
     "The inverse and transpose of `dct`, the orthonormal DCT-III of each column"
-    n,(w,scale) = y.shape[0],_twiddle(y, 1)
+    n = y.shape[0]
+    w, scale = _twiddle(y, 1)
     z = y/scale
     # the FFT of the reordered signal: V_j = exp(iπj/2n) (z_j - i z_{n-j}), z_n = 0
-    v = torch.fft.ifft(w*torch.complex(z, -torch.cat([torch.zeros_like(z[:1]), z[1:].flip(0)])), dim=0).real
+    flipped = torch.cat([torch.zeros_like(z[:1]), z[1:].flip(0)])
+    v = torch.fft.ifft(w*torch.complex(z, -flipped), dim=0).real
     x = torch.empty_like(y)
-    x[::2],x[1::2] = v[:(n+1)//2], v[(n+1)//2:].flip(0)
+    half = (n+1)//2
+    x[::2] = v[:half]
+    x[1::2] = v[half:].flip(0)
     return x
 
 # %% ../nbs/02_synthmat.ipynb #855ba65c
 def synth_eigvals(
-    n:int, # number of eigenvalues
-    kind:str='poly', # 'poly', 'exp' or 'lowrank'
+    n: int,  # number of eigenvalues
+    kind: str = 'poly',  # 'poly', 'exp' or 'lowrank'
     *,
-    rank:int=10, # length of the plateau of ones, 1 ≤ rank ≤ n
-    decay:float=1.0, # the exponent p of 'poly' or q of 'exp', positive
-    noise:float=1e-2, # radius of the semicircle of 'lowrank', in units of the plateau, at least 0
-    seed:int|None=None, # None: all positive; an integer: signs ±1 drawn from it, so that the matrix is indefinite
-)->Tensor: # (n,) float64, |λ| in descending order
+    rank: int = 10,  # length of the plateau of ones, 1 ≤ rank ≤ n
+    decay: float = 1.0,  # the exponent p of 'poly' or q of 'exp', positive
+    noise: float = 1e-2,  # radius of the semicircle of 'lowrank', in units of the plateau, at least 0
+    seed: int | None = None,  # None: all positive; an integer: signs ±1 drawn from it, for an indefinite matrix
+) -> Tensor:  # (n,) float64, |λ| in descending order
     "Eigenvalues of a test matrix, largest magnitude first (Tropp, Yurtsever, Udell and Cevher 2019, section 7.3)"
-    if not 1<=rank<=n: raise ValueError(f'rank must be between 1 and n = {n}, got {rank}')
+    if not 1 <= rank <= n: raise ValueError(f'rank must be between 1 and n = {n}, got {rank}')
     i = torch.arange(1, n-rank+1, dtype=torch.float64)
-    if   kind=='poly': tail = (i+1)**-decay
-    elif kind=='exp': tail = 10**(-decay*i)
-    elif kind=='lowrank':
+    if kind == 'poly': tail = (i+1)**-decay
+    elif kind == 'exp': tail = 10**(-decay*i)
+    elif kind == 'lowrank':
         from scipy.stats import semicircular
-        tail = torch.from_numpy(noise*np.abs(semicircular.ppf((i.numpy()-.5)/max(len(i),1)))).sort(descending=True).values
+        quantiles = semicircular.ppf((i.numpy()-.5)/max(len(i), 1))
+        tail = torch.from_numpy(noise*np.abs(quantiles)).sort(descending=True).values
     else: raise ValueError(f"kind must be 'poly', 'exp' or 'lowrank', got {kind!r}")
     lam = torch.cat([torch.ones(rank, dtype=torch.float64), tail])
-    return lam if seed is None else lam*column_noise(n, [0], seed=seed)[:,0]
+    return lam if seed is None else lam*column_noise(n, [0], seed=seed)[:, 0]
 
 # %% ../nbs/02_synthmat.ipynb #1269a3e7
 class SynthOperator(LinearOperator):
     "The symmetric operator S Cᵀ diag(eigvals) C S: random signs S, cosine transform C"
     def __init__(self,
-        eigvals:Tensor, # (n,) in any order
+        eigvals: Tensor,  # (n,) in any order
         *,
-        seed:int, # of the signs S
-        dtype:torch.dtype=torch.float64, # torch.float32 or torch.float64
-        device:torch.device|str='cpu', # where products are computed
+        seed: int,  # of the signs S
+        dtype: torch.dtype = torch.float64,  # torch.float32 or torch.float64
+        device: torch.device | str = 'cpu',  # where products are computed
     ):
         n = len(eigvals)
-        super().__init__((n,n), dtype, device, symmetric=True)
-        self.eigvals = eigvals[eigvals.abs().argsort(descending=True, stable=True)].to(dtype).to(device)
-        self._signs = column_noise(n, [2**63], seed=seed, dtype=dtype, device=device) # a column that no algorithm draws
-    def _matmat(self, V): return self._signs*idct(self.eigvals[:,None]*dct(self._signs*V))
-    def eigvecs(self,
-        k:int, # how many, 1 ≤ k ≤ n
-    )->Tensor: # (n, k) orthonormal columns
-        "The eigenvectors of the k largest |eigenvalues|, in that order"
-        n = self.shape[0]
-        if not 1<=k<=n: raise ValueError(f'k must be between 1 and n = {n}, got {k}')
-        return self._signs*idct(torch.eye(n, k, dtype=self.dtype, device=self.device))
-    def dense(self)->Tensor: # (n, n)
-        "The matrix itself, for small n"
-        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        super().__init__((n, n), dtype, device, symmetric=True)
+        largest_first = eigvals.abs().argsort(descending=True, stable=True)
+        self.eigvals = eigvals[largest_first].to(dtype).to(device)
+        # column 2⁶³ of the noise is one that no algorithm draws
+        self._signs = column_noise(n, [2**63], seed=seed, dtype=dtype, device=device)
+
+    def _matmat(self, V): return self._signs*idct(self.eigvals[:, None]*dct(self._signs*V))
+
+# %% ../nbs/02_synthmat.ipynb #5f6e7486
+@patch
+def eigvecs(self: SynthOperator,
+    k: int,  # how many, 1 ≤ k ≤ n
+) -> Tensor:  # (n, k) orthonormal columns
+    "The eigenvectors of the k largest |eigenvalues|, in that order"
+    n = self.shape[0]
+    if not 1 <= k <= n: raise ValueError(f'k must be between 1 and n = {n}, got {k}')
+    return self._signs*idct(torch.eye(n, k, dtype=self.dtype, device=self.device))
+
+@patch
+def dense(self: SynthOperator) -> Tensor:  # (n, n)
+    "The matrix itself, for small n"
+    return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)

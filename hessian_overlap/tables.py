@@ -4,123 +4,150 @@
 
 # %% ../nbs/35_tables.ipynb #f142a40b
 from __future__ import annotations
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import Tensor
+
+from .grassmann import row_blocks
 from .krylov import BlockLanczos
-from .quadrature import _check_slq, _interval, _readings, _resolution, _sampling, _traces, resolved
-from .grassmann import _blocks
 from .masks import Partition, leverage
-from .overlap import _check_basis, _check_order
+from .overlaps import check_basis, check_order
+from hessian_overlap.quadrature import (
+    check_slq,
+    masked_traces,
+    reading_columns,
+    resolution_error,
+    resolved,
+    sampling_error,
+    trace_interval,
+)
 
 # %% auto #0
 __all__ = ['grid', 'layer_table', 'best_table', 'leverage_var', 'chance_std', 'eigenspace_tables', 'quadrature_tables']
 
 # %% ../nbs/35_tables.ipynb #eb54fcc4
 def grid(
-    n:int, # number of parameters
-    k:int, # number of eigenvectors, 1 ≤ k ≤ n
-    steps:int=10, # ranks up to k, and mask sizes up to k
-    more:int=6, # mask sizes beyond k, up to n
-    ks=None, # (K,) ranks to choose from, ascending up to k; None: all
-)->tuple: # (sizes, ranks): two ascending int64 arrays; every rank is a size too
+    n: int,  # number of parameters
+    k: int,  # number of eigenvectors, 1 ≤ k ≤ n
+    steps: int = 10,  # ranks up to k, and mask sizes up to k
+    more: int = 6,  # mask sizes beyond k, up to n
+    ks=None,  # (K,) ranks to choose from, ascending up to k; None: all
+) -> tuple:  # (sizes, ranks): two ascending int64 arrays; every rank is a size too
     "Mask sizes up to n and ranks up to k at which overlaps are kept"
-    if not 1<=k<=n: raise ValueError(f'1 ≤ k ≤ n must hold, got k = {k}, n = {n}')
+    if not 1 <= k <= n: raise ValueError(f'1 ≤ k ≤ n must hold, got k = {k}, n = {n}')
     if ks is None: ranks = np.unique(np.ceil(k*np.arange(1, steps+1)/steps).astype(np.int64))
     else: ranks = np.asarray(ks, np.int64)[np.unique(np.linspace(0, len(ks)-1, steps).round().astype(int))]
     return np.union1d(ranks, np.round(np.geomspace(k, n, more+1)).astype(np.int64)), ranks
 
 # %% ../nbs/35_tables.ipynb #fa241be9
 def layer_table(
-    order:Tensor, # (n,) int64 permutation, most important first
-    U:Tensor, # (n, k) orthonormal columns, most important first
-    parts:Partition, # L groups of parameters, such as layers
-    sizes, # (M,) mask sizes between 1 and n, ascending
-    ranks, # (Q,) ranks between 1 and k, ascending
-)->Tensor: # (M, Q, L) float64 on the CPU; the sum over L is the overlap
+    order: Tensor,  # (n,) int64 permutation, most important first
+    U: Tensor,  # (n, k) orthonormal columns, most important first
+    parts: Partition,  # L groups of parameters, such as layers
+    sizes,  # (M,) mask sizes between 1 and n, ascending
+    ranks,  # (Q,) ranks between 1 and k, ascending
+) -> Tensor:  # (M, Q, L) float64 on the CPU; the sum over L is the overlap
     "Overlaps for mask sizes × ranks, by what each layer contributes"
-    _check_order(order, len(U))
-    if parts.n!=len(U): raise ValueError(f'the partition is of {parts.n} parameters, U has {len(U)} rows')
-    rows,labels = order.to(U.device),parts.labels.to(U.device)
-    sizes,ranks = (torch.as_tensor(np.asarray(v)) for v in (sizes, ranks))
-    total,start,out = torch.zeros(len(parts), U.shape[1], dtype=torch.float64, device=U.device),0,[]
+    check_order(order, len(U))
+    if parts.n != len(U): raise ValueError(f'the partition is of {parts.n} parameters, U has {len(U)} rows')
+    rows, labels = order.to(U.device), parts.labels.to(U.device)
+    sizes, ranks = (torch.as_tensor(np.asarray(v)) for v in (sizes, ranks))
+    total = torch.zeros(len(parts), U.shape[1], dtype=torch.float64, device=U.device)  # of the rows so far
+    out, start = [], 0
     for m in sizes.tolist():
-        for b in _blocks(m-start, U.shape[1]):
-            i = rows[start+b.start:start+b.stop]
-            total.index_add_(0, labels[i], U[i].double().square())
-        start = m
-        out.append(total.cumsum(1)[:,ranks.to(U.device)-1].T.cpu())
-    return torch.stack(out)/torch.minimum(sizes[:,None], ranks)[:,:,None]
+        added, start = rows[start:m], m
+        for r in row_blocks(len(added), U.shape[1]):
+            total.index_add_(0, labels[added[r]], U[added[r]].double().square())
+        out.append(total.cumsum(1)[:, ranks.to(U.device)-1].T.cpu())
+    return torch.stack(out)/torch.minimum(sizes[:, None], ranks)[:, :, None]
 
 # %% ../nbs/35_tables.ipynb #e2763a1b
 def best_table(
-    U:Tensor, # (n, k) orthonormal columns, most important first
-    parts:Partition, # L groups of parameters
-    sizes, # (M,) mask sizes, ascending
-    ranks, # (Q,) ranks, ascending
-)->Tensor: # (M, Q, L) float64 on the CPU
+    U: Tensor,  # (n, k) orthonormal columns, most important first
+    parts: Partition,  # L groups of parameters
+    sizes,  # (M,) mask sizes, ascending
+    ranks,  # (Q,) ranks, ascending
+) -> Tensor:  # (M, Q, L) float64 on the CPU
     "What `layer_table` is for an ordering, for the best mask of each size and rank"
-    _check_basis(U)
-    out,a,start,L = [],torch.zeros(len(U), dtype=torch.float64, device=U.device),0,len(parts)
+    check_basis(U)
+    labels, L = parts.labels.to(U.device), len(parts)
+    scores = torch.zeros(len(U), dtype=torch.float64, device=U.device)  # leverages of the first r columns
+    out, start = [], 0
     for r in (int(v) for v in ranks):
-        a,start = a+leverage(U[:,start:r]),r
-        top = a.argsort(descending=True, stable=True)
-        cuts = [top[lo:hi] for lo,hi in zip([0,*sizes[:-1]], sizes)]
-        each = [torch.zeros(L, dtype=torch.float64, device=U.device).index_add_(0, parts.labels.to(U.device)[i], a[i]) for i in cuts]
-        out.append(torch.stack(each).cumsum(0).cpu()/torch.as_tensor(np.minimum(sizes, r))[:,None])
+        scores, start = scores+leverage(U[:, start:r]), r
+        best = scores.argsort(descending=True, stable=True)
+        added = [best[lo:hi] for lo, hi in zip([0, *sizes[:-1]], sizes)]  # by each size
+        contributed = torch.stack([scores.new_zeros(L).index_add_(0, labels[i], scores[i]) for i in added])
+        out.append(contributed.cumsum(0).cpu()/torch.as_tensor(np.minimum(sizes, r))[:, None])
     return torch.stack(out, 1)
 
 # %% ../nbs/35_tables.ipynb #21f97ba2
 def leverage_var(
-    U:Tensor, # (n, k) orthonormal columns, most important first
-)->Tensor: # (k,) float64 on the CPU: variance over the parameters of the leverage of the first r columns
+    U: Tensor,  # (n, k) orthonormal columns, most important first
+) -> Tensor:  # (k,) float64 on the CPU: variance over the parameters of the leverage of the first r columns
     "Variance of the leverages for every rank"
-    n,k = U.shape
+    n, k = U.shape
     mean = torch.arange(1, k+1, dtype=torch.float64, device=U.device)/n
-    return (sum((U[b].double().square().cumsum(1)-mean).square().sum(0) for b in _blocks(n, k))/n).cpu()
+    return (sum((U[b].double().square().cumsum(1)-mean).square().sum(0) for b in row_blocks(n, k))/n).cpu()
 
 def chance_std(
-    n:int, # number of parameters
-    m, # mask size, or an array of them
-    r, # rank, or an array of them
-    var, # variance of the leverages at that rank
-): # standard deviation of the overlap of m parameters drawn at random, with the first r eigenvectors
+    n: int,  # number of parameters
+    m,  # mask size, or an array of them
+    r,  # rank, or an array of them
+    var,  # variance of the leverages at that rank
+):  # standard deviation of the overlap of m parameters drawn at random, with the first r eigenvectors
     "How far the overlap of a random mask scatters around max(m, r)/n, exactly"
-    m,r = np.asarray(m, float),np.asarray(r, float)
+    m, r = np.asarray(m, float), np.asarray(r, float)
     return np.sqrt(m*(n-m)/max(n-1, 1)*np.asarray(var))/np.minimum(m, r)
 
 # %% ../nbs/35_tables.ipynb #84c4d92e
 def eigenspace_tables(
-    U:Tensor, # (n, k) orthonormal columns, most important first
-    orders:dict, # name -> (n,) int64 permutation
-    parts:Partition, # L groups of parameters
-    sizes, # (M,) mask sizes, ascending
-    ranks, # (Q,) ranks, ascending
-)->dict: # table (O, M, Q) and layers (O, M, Q, L) with the best masks last, available (Q, L), variance (k,); float64 arrays
+    U: Tensor,  # (n, k) orthonormal columns, most important first
+    orders: dict,  # O names -> (n,) int64 permutation
+    parts: Partition,  # L groups of parameters
+    sizes,  # (M,) mask sizes, ascending
+    ranks,  # (Q,) ranks, ascending
+    # float64 arrays table (O+1, M, Q) and layers (O+1, M, Q, L), the best masks last; available (Q, L); variance (k,)
+) -> dict:
     "Everything about one eigenspace that an explorer looks up"
-    layers = torch.stack([*(layer_table(o, U, parts, sizes, ranks) for o in orders.values()), best_table(U, parts, sizes, ranks)])
+    layers = [layer_table(order, U, parts, sizes, ranks) for order in orders.values()]
+    layers = torch.stack([*layers, best_table(U, parts, sizes, ranks)])
     whole = layer_table(torch.arange(len(U)), U, parts, [len(U)], ranks)[0]
-    return dict(table=layers.sum(-1).numpy(), layers=layers.numpy(), available=whole.numpy(), variance=leverage_var(U).numpy())
+    return dict(table=layers.sum(-1).numpy(), layers=layers.numpy(), available=whole.numpy(),
+                variance=leverage_var(U).numpy())
 
 # %% ../nbs/35_tables.ipynb #a6001465
-def quadrature_tables(
-    state:BlockLanczos, # info['state'] of overlap_slq
-    orders:dict, # name -> (n,) int64 permutation
-    parts:Partition, # L groups of parameters
-    sizes, # (M,) mask sizes between 1 and n, ascending
-    ranks, # (Q,) ranks between 1 and n - 1, ascending
-)->dict: # table (O, M, Q), half (O, M, Q) the half-width of its 95% interval, layers (O, M, Q, L), available (Q, L); float64 arrays
-    "Estimates of what `eigenspace_tables` gives, of each ordering but not of the best masks"
-    if parts.n!=state.n: raise ValueError(f'the partition is of {parts.n} parameters, the state of {state.n}')
-    sizes,ranks,M = *(torch.as_tensor(np.asarray(v)) for v in (sizes, ranks)), len(sizes)
-    _,places,ranks,labels = _check_slq(state.n, orders, ranks, parts.labels)
-    to_n,limit = torch.cat([sizes[sizes<state.n], torch.tensor([state.n])]), resolved(state)
+def _read_traces(state, places, sizes, ranks, labels):
+    "Estimates of traces (O, M, Q, L), and lower and upper ends of their sum over L (O, M, Q)"
+    limit = resolved(state)
     cuts = torch.cat([ranks.double(), torch.tensor([limit], dtype=torch.float64)])
-    (now,N,_),*before = (_traces(state, c, places, to_n, cuts, labels) for c in _readings(state))
-    traces,products = (torch.stack(v) for v in zip(*now)) # (O, M, Q+1, L), (O, M, Q+1, p, p)
-    t,*earlier = traces.sum(-1), *(torch.stack([T for T,_ in b[0]]).sum(-1) for b in before)
-    change = _resolution(t, *earlier)
-    sampled = _sampling([(products[:,:,:-1], N[:-1])])[1]
-    low,high = _interval(t[:,:,:-1], t[:,:,-1:], sampled+2*change[:,:,:-1], to_n[:,None].double(), ranks.double(), limit, state.n)
-    small,half = torch.minimum(sizes[:,None], ranks), torch.maximum(high-t[:,:,:-1], t[:,:,:-1]-low)
-    layers = traces[:,:M,:-1]/small[:,:,None]
-    return dict(table=layers.sum(-1).numpy(), half=(half[:,:M]/small).numpy(), layers=layers.numpy(), available=(traces[0,-1,:-1]/ranks[:,None]).numpy())
+    now, *before = (masked_traces(state, m, places, sizes, cuts, labels) for m in reading_columns(state))
+    total = now.traces.sum(-1)
+    change = resolution_error(total, *(read.traces.sum(-1) for read in before))[:, :, :-1]
+    half = sampling_error([(now.products[:, :, :-1], now.counts[:-1])])[1]
+    total, reached = total[:, :, :-1], total[:, :, -1:]
+    sizes, ranks = sizes[:, None].double(), ranks.double()
+    return now.traces[:, :, :-1], trace_interval(total, reached, half+2*change, sizes, ranks, limit, state.n)
+
+# %% ../nbs/35_tables.ipynb #1a7c2f19
+def quadrature_tables(
+    state: BlockLanczos,  # info['state'] of overlap_slq
+    orders: dict,  # O names -> (n,) int64 permutation
+    parts: Partition,  # L groups of parameters
+    sizes,  # (M,) mask sizes between 1 and n, ascending
+    ranks,  # (Q,) ranks between 1 and n - 1, ascending
+    # float64 arrays table (O, M, Q), half (O, M, Q) the half-widths of its 95% intervals,
+    # layers (O, M, Q, L), available (Q, L)
+) -> dict:
+    "Estimates of what `eigenspace_tables` gives, of each ordering but not of the best masks"
+    if parts.n != state.n: raise ValueError(f'the partition is of {parts.n} parameters, the state of {state.n}')
+    sizes, ranks = (torch.as_tensor(np.asarray(v)) for v in (sizes, ranks))
+    _, places, ranks, labels = check_slq(state.n, orders, ranks, parts.labels)
+    sizes_to_n = torch.cat([sizes[sizes < state.n], torch.tensor([state.n])])
+    traces, (low, high) = _read_traces(state, places, sizes_to_n, ranks, labels)
+    half = torch.maximum(high-traces.sum(-1), traces.sum(-1)-low)
+    smaller = torch.minimum(sizes[:, None], ranks)
+    layers = traces[:, :len(sizes)]/smaller[:, :, None]
+    return dict(table=layers.sum(-1).numpy(), half=(half[:, :len(sizes)]/smaller).numpy(), layers=layers.numpy(),
+                available=(traces[0, -1]/ranks[:, None]).numpy())

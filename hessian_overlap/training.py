@@ -6,7 +6,9 @@
 __all__ = ['SETTINGS', 'CURVES', 'load_params', 'evaluate', 'TrainingRun', 'train']
 
 # %% ../nbs/11_training.ipynb #8f2297ef
-import copy, math, os
+import copy
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,26 +23,29 @@ from .problems import Problem
 
 # %% ../nbs/11_training.ipynb #6f7ad904
 def load_params(
-    model:nn.Module, # changed in place
-    theta:Tensor, # (n,) in the model's dtype, on any device
-)->nn.Module: # the same model
+    model: nn.Module,  # changed in place
+    theta: Tensor,  # (n,) in the model's dtype, on any device
+) -> nn.Module:  # the same model
     "Write a flat vector into a model's trainable parameters, in the order of `parameters_to_vector`"
     params = [p for p in model.parameters() if p.requires_grad]
     n = sum(p.numel() for p in params)
-    if theta.shape != (n,): raise ValueError(f'theta has shape {tuple(theta.shape)}, the model has n={n} trainable parameters; want ({n},)')
-    if theta.dtype != params[0].dtype: raise TypeError(f'theta is {theta.dtype}, the model {params[0].dtype}; make them the same')
+    if theta.shape != (n,):
+        raise ValueError(
+            f'theta has shape {tuple(theta.shape)}, the model has n={n} trainable parameters; want ({n},)')
+    if theta.dtype != params[0].dtype:
+        raise TypeError(f'theta is {theta.dtype}, the model {params[0].dtype}; make them the same')
     vector_to_parameters(theta.detach().to(params[0].device, copy=True), params)
     return model
 
 # %% ../nbs/11_training.ipynb #1e7aa669
 @torch.no_grad()
 def evaluate(
-    model:nn.Module, # used in the mode it is in
-    loss_func, # (logits, y) -> the mean over the samples
-    x:Tensor, # (N, ...) inputs
-    y:Tensor, # (N,) classes
-    *, chunk:int=10_000, # samples at a time, a matter of memory only
-)->tuple: # (loss, accuracy), floats; accuracy in [0, 1]
+    model: nn.Module,  # used in the mode it is in
+    loss_func,  # (logits, y) -> the mean over the samples
+    x: Tensor,  # (N, ...) inputs
+    y: Tensor,  # (N,) classes
+    *, chunk: int = 10_000,  # samples at a time, a matter of memory only
+) -> tuple:  # (loss, accuracy), floats; accuracy in [0, 1]
     "Mean loss Σℓᵢ/N and accuracy over a data set"
     loss, hits = 0., 0
     for xb, yb in zip(x.split(chunk), y.split(chunk)):
@@ -53,94 +58,112 @@ def evaluate(
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainingRun:
     "Parameters, losses and accuracies of a training at S chosen steps"
-    problem:str # the problem's name
-    seed:int # the problem's seed
-    batch_size:int
-    lr:float
-    source:str # what data, as the problem says
-    steps:list # S increasing ints; step t is the state after t updates
-    thetas:Tensor # (S, n) on the CPU, in the problem's dtype
-    train_loss:np.ndarray # (S,) float64, over the whole training set
-    train_acc:np.ndarray # (S,) in [0, 1]
-    test_loss:np.ndarray # (S,)
-    test_acc:np.ndarray # (S,) in [0, 1]
+    problem: str  # the problem's name
+    seed: int  # the problem's seed
+    batch_size: int
+    lr: float
+    source: str  # what data, as the problem says
+    steps: list  # S increasing ints; step t is the state after t updates
+    thetas: Tensor  # (S, n) on the CPU, in the problem's dtype
+    train_loss: np.ndarray  # (S,) float64, over the whole training set
+    train_acc: np.ndarray  # (S,) in [0, 1]
+    test_loss: np.ndarray  # (S,)
+    test_acc: np.ndarray  # (S,) in [0, 1]
+
     def __post_init__(self):
         S = len(self.steps)
+        increasing = sorted(set(self.steps)) == list(self.steps)
         fits = self.thetas.ndim == 2 and len(self.thetas) == S and all(getattr(self, f).shape == (S,) for f in CURVES)
-        if not fits or S == 0 or sorted(set(self.steps)) != list(self.steps): raise ValueError(
+        if S == 0 or not increasing or not fits: raise ValueError(
             f'{S} increasing steps, thetas {tuple(self.thetas.shape)} and the curves do not belong together')
     def __len__(self): return len(self.steps)
-    def __repr__(self):
-        rows = [f'TrainingRun({self.problem}, seed {self.seed}, batch {self.batch_size}, lr {self.lr}, n={self.thetas.shape[1]})',
-                f'{"step":>6} {"train loss":>11} {"train acc":>10} {"test loss":>10} {"test acc":>9}']
-        rows += [f'{s:>6} {a:>11.4f} {b:>10.4f} {c:>10.4f} {d:>9.4f}' for s, a, b, c, d in
-                 zip(self.steps, self.train_loss, self.train_acc, self.test_loss, self.test_acc)]
-        return '\n'.join(rows)
 
 SETTINGS = 'problem', 'seed', 'batch_size', 'lr', 'source'
 CURVES = 'train_loss', 'train_acc', 'test_loss', 'test_acc'
 
 # %% ../nbs/11_training.ipynb #da80dcd6
 @patch
-def theta(self:TrainingRun,
-    step:int, # one of steps
-)->Tensor: # (n,)
+def __repr__(self: TrainingRun):
+    settings = f'{self.problem}, seed {self.seed}, batch {self.batch_size}, lr {self.lr}, n={self.thetas.shape[1]}'
+    lines = [f'TrainingRun({settings})']
+    lines += [f'{"step":>6} {"train loss":>11} {"train acc":>10} {"test loss":>10} {"test acc":>9}']
+    for step, *row in zip(self.steps, self.train_loss, self.train_acc, self.test_loss, self.test_acc):
+        lines += ['{:>6} {:>11.4f} {:>10.4f} {:>10.4f} {:>9.4f}'.format(step, *row)]
+    return '\n'.join(lines)
+
+@patch
+def theta(self: TrainingRun,
+    step: int,  # one of steps
+) -> Tensor:  # (n,)
     "Parameters at a recorded step"
     if step not in self.steps: raise ValueError(f'step {step} was not recorded; there are {self.steps}')
     return self.thetas[self.steps.index(step)]
 
 # %% ../nbs/11_training.ipynb #0954018d
-def _check_steps(steps, snapshots)->list:
+def _check_steps(steps, snapshots) -> list:
     "Sorted snapshots as ints, each from 0 to `steps`"
     snaps = sorted({int(s) for s in snapshots})
     if not snaps: raise ValueError('snapshots is empty; name at least one step to record')
-    if snaps[0] < 0 or snaps[-1] > steps: raise ValueError(f'snapshots from {snaps[0]} to {snaps[-1]}; want them from 0 to steps={steps}')
+    if snaps[0] < 0 or snaps[-1] > steps:
+        raise ValueError(f'snapshots from {snaps[0]} to {snaps[-1]}; want them from 0 to steps={steps}')
     return snaps
 
-def _check_start(p:Problem, start):
+def _check_start(p: Problem, start):
     "Refuse to continue another training"
-    ours, theirs = ((o.batch_size, o.lr, o.seed, o.source) for o in (p, start))
-    if (p.name, p.n_params, p.dtype, *ours) != (start.problem, start.thetas.shape[1], start.thetas.dtype, *theirs): raise ValueError(
-        f'start is a training of {start.problem} (n={start.thetas.shape[1]}, {start.thetas.dtype}, batch, lr, seed, data = {theirs}), '
-        f'not of {p.name} (n={p.n_params}, {p.dtype}, batch, lr, seed, data = {ours})')
-    if 0 in start.steps and not torch.equal(start.theta(0), p.theta0.cpu()): raise ValueError(
-        'start began at other initial parameters than the problem has')
+    ours = p.name, p.n_params, p.dtype, p.batch_size, p.lr, p.seed, p.source
+    r, (_, n), dtype = start, start.thetas.shape, start.thetas.dtype
+    theirs = r.problem, n, dtype, r.batch_size, r.lr, r.seed, r.source
+    if ours != theirs: raise ValueError(
+        f'start is a training of {r.problem} (n={n}, {dtype}, batch, lr, seed, data = {theirs[3:]}), '
+        f'not of {p.name} (n={p.n_params}, {p.dtype}, batch, lr, seed, data = {ours[3:]})')
+    if 0 in start.steps and not torch.equal(start.theta(0), p.theta0.cpu()):
+        raise ValueError('start began at other initial parameters than the problem has')
 
-def _step(p:Problem, model, params, t:int)->float:
+# %% ../nbs/11_training.ipynb #e54eee8d
+def _step(p: Problem, model, params, t: int) -> float:
     "One update θ ← θ − η ∇L on the batch of step t, in place; the loss before it"
     x, y = p.batches(t)
     loss = p.loss_func(model(x), y)
-    grads, value = torch.autograd.grad(loss, params), loss.item()
+    grads = torch.autograd.grad(loss, params)
+    value = loss.item()
     if not math.isfinite(value): raise FloatingPointError(
         f'{p.name}: the training loss is {value} at step {t} with lr={p.lr}; train with a smaller lr')
     with torch.no_grad(): torch._foreach_add_(params, grads, alpha=-p.lr)
     return value
 
-def _snapshot(p:Problem, model, params, t:int)->tuple:
+def _snapshot(p: Problem, model, params, t: int) -> tuple:
     "(theta, train loss, train accuracy, test loss, test accuracy) at step t"
-    ends = *evaluate(model, p.loss_func, p.train_x, p.train_y), *evaluate(model, p.loss_func, p.test_x, p.test_y)
-    if not all(map(math.isfinite, ends)): raise FloatingPointError(
-        f'{p.name}: at step {t} with lr={p.lr} the loss is {ends[0]} on train and {ends[2]} on test data; train with a smaller lr')
-    return parameters_to_vector(params).detach().cpu().clone(), *ends
+    train_loss, train_acc = evaluate(model, p.loss_func, p.train_x, p.train_y)
+    test_loss, test_acc = evaluate(model, p.loss_func, p.test_x, p.test_y)
+    if not (math.isfinite(train_loss) and math.isfinite(test_loss)): raise FloatingPointError(
+        f'{p.name}: at step {t} with lr={p.lr} the loss is {train_loss} on train and {test_loss} on test data; '
+        'train with a smaller lr')
+    return parameters_to_vector(params).detach().cpu().clone(), train_loss, train_acc, test_loss, test_acc
+
+def _recorded(run) -> dict:
+    "What an earlier run recorded: {step: (theta, train loss, train accuracy, test loss, test accuracy)}"
+    curves = [getattr(run, f) for f in CURVES]
+    return {s: (run.thetas[i], *(c[i] for c in curves)) for i, s in enumerate(run.steps)}
 
 # %% ../nbs/11_training.ipynb #1aaa3d60
 def train(
-    problem:Problem, # its model is left as it is
-    steps:int, # length of the training in updates, ≥ 0; those after the last snapshot are not computed
-    snapshots, # steps to record, each from 0 to steps
-    *, progress:bool=False, # show a tqdm bar
-    start:TrainingRun=None, # an earlier run of the same problem; what it recorded is not computed again
-)->TrainingRun: # one row per snapshot
+    problem: Problem,  # its model is left as it is
+    steps: int,  # length of the training in updates, ≥ 0; those after the last snapshot are not computed
+    snapshots,  # steps to record, each from 0 to steps
+    *, progress: bool = False,  # show a tqdm bar
+    start: TrainingRun = None,  # an earlier run of the same problem; what it recorded is not computed again
+) -> TrainingRun:  # one row per snapshot
     "Plain SGD θ ← θ − η ∇L from the problem's seeded initial parameters, recording the snapshots"
-    p, snaps, rows = problem, _check_steps(steps, snapshots), {}
+    p = problem
+    snaps = _check_steps(steps, snapshots)
     p.check()
-    if start is not None:
-        _check_start(p, start)
-        rows = {s: (start.thetas[i], *(getattr(start, f)[i] for f in CURVES)) for i, s in enumerate(start.steps)}
+    if start is not None: _check_start(p, start)
+    rows = {} if start is None else _recorded(start)
     missing = [s for s in snaps if s not in rows]
     model = copy.deepcopy(p.model)
     params = [q for q in model.parameters() if q.requires_grad]
-    with tqdm(total=missing[-1] if missing else 0, desc=f'training {p.name}', unit='step', disable=not progress) as bar:
+    last_step = missing[-1] if missing else 0
+    with tqdm(total=last_step, desc=f'training {p.name}', unit='step', disable=not progress) as bar:
         for s in missing:
             last = max((r for r in rows if r < s), default=0)
             load_params(model, rows[last][0] if last in rows else p.theta0)
@@ -149,14 +172,15 @@ def train(
                 bar.set_postfix(loss=f'{_step(p, model, params, t):.3f}', refresh=False)
                 bar.update()
             rows[s] = _snapshot(p, model, params, s)
-    theta, *curves = zip(*(rows[s] for s in snaps))
-    return TrainingRun(p.name, p.seed, p.batch_size, p.lr, p.source, snaps, torch.stack(theta), *(np.array(c) for c in curves))
+    thetas, *curves = zip(*(rows[s] for s in snaps))
+    return TrainingRun(p.name, p.seed, p.batch_size, p.lr, p.source, snaps,
+                       torch.stack(thetas), *(np.array(c) for c in curves))
 
 # %% ../nbs/11_training.ipynb #d9cfa4fb
 @patch
-def save(self:TrainingRun,
-    path, # file to write, as named; its folder must exist
-)->Path: # the path
+def save(self: TrainingRun,
+    path,  # file to write, as named; its folder must exist
+) -> Path:  # the path
     "Write the run to one npz, at once or not at all"
     path = Path(path)
     meta = {f: np.array(getattr(self, f)) for f in (*SETTINGS, 'steps')}
@@ -165,20 +189,24 @@ def save(self:TrainingRun,
     try:
         with open(tmp, 'wb') as f:
             np.savez(f, **meta, **curves, thetas=self.thetas.numpy())
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/11_training.ipynb #c081076c
 @patch(cls_method=True)
-def load(cls:TrainingRun,
-    path, # file that save wrote
-)->TrainingRun:
+def load(cls: TrainingRun,
+    path,  # file that save wrote
+) -> TrainingRun:
     "Read a run back, thetas on the CPU"
     with open(path, 'rb') as f:
         try:
             with np.load(f, allow_pickle=False) as z: d = {k: z[k] for k in z.files}
             kw = {k: d.pop(k).item() for k in SETTINGS} | {'steps': d.pop('steps').tolist()}
             return cls(**kw, thetas=torch.from_numpy(d.pop('thetas')), **d)
-        except Exception as e: # a damaged zip raises a dozen kinds of error
-            raise ValueError(f'{path} is not a training run or is damaged ({type(e).__name__}: {e}); train again') from None
+        except Exception as e:  # a damaged zip raises a dozen kinds of error
+            why = f'{type(e).__name__}: {e}'
+            raise ValueError(f'{path} is not a training run or is damaged ({why}); train again') from None

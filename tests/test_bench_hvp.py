@@ -1,15 +1,38 @@
 "The benchmark of Hessian-vector products runs, checks its numbers, and says what is missing."
-import json, subprocess, sys
+
+import json
+import subprocess
+import sys
 
 
 def bench(root, out, *args):
-    r = subprocess.run([sys.executable, str(root/'benchmarks/bench_hvp.py'), '--problems', 'mlp', '--samples', '20', '--vectors', '3', '--repeats', '1', '--threads', '1',
-                        '--out', str(out), *args], cwd=root, capture_output=True, text=True)
+    r = subprocess.run(
+        [
+            sys.executable,
+            str(root / 'benchmarks/bench_hvp.py'),
+            '--problems',
+            'mlp',
+            '--samples',
+            '20',
+            '--vectors',
+            '3',
+            '--repeats',
+            '1',
+            '--threads',
+            '1',
+            '--out',
+            str(out),
+            *args,
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     return r, json.loads(out.read_text()) if out.exists() else None
 
 
 def test_side_by_side(root, tmp_path):
-    r, got = bench(root, tmp_path/'b.json', '--columns', '20', '--methods', 'ours', 'kept_graph')
+    r, got = bench(root, tmp_path / 'b.json', '--columns', '20', '--methods', 'ours', 'kept_graph')
     assert r.returncode == 0, r.stderr
     p = got['problems']['mlp']
     assert p['reference']['finite_difference_error'] < 1e-6 and p['reference']['n'] == 7030
@@ -24,15 +47,23 @@ def test_side_by_side(root, tmp_path):
 
 
 def test_a_missing_package_is_listed(root, monkeypatch):
-    monkeypatch.syspath_prepend(str(root/'benchmarks'))
-    import argparse, bench_hvp
+    monkeypatch.syspath_prepend(str(root / 'benchmarks'))
+    import argparse
+
+    import bench_hvp
+
     monkeypatch.setitem(bench_hvp.METHODS, 'other', (None, 'no_such_package', 'other'))
-    assert bench_hvp.worker(argparse.Namespace(worker='run_method', method='other', peers=[])) == dict(status='absent', why='no_such_package is not installed')
+    assert bench_hvp.worker(argparse.Namespace(worker='run_method', method='other', peers=[])) == dict(
+        status='absent', why='no_such_package is not installed'
+    )
 
 
 def test_a_crash_is_an_answer(root, monkeypatch):
-    monkeypatch.syspath_prepend(str(root/'benchmarks'))
-    import argparse, bench_hvp
+    monkeypatch.syspath_prepend(str(root / 'benchmarks'))
+    import argparse
+
+    import bench_hvp
+
     a = argparse.Namespace(device='cpu', threads=1, repeats=1, peers=[], timeout=60)
     monkeypatch.setattr(bench_hvp.subprocess, 'run', lambda *_, **kw: subprocess.CompletedProcess([], -11, '', ''))
     got = bench_hvp.call(a, 'run_method', problem='mlp', method='linearize')

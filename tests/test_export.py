@@ -1,5 +1,11 @@
 "The committed package, README and notebooks are what the tools make of the notebooks."
-import configparser, filecmp, subprocess, sys, tarfile, zipfile
+
+import configparser
+import filecmp
+import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
@@ -11,48 +17,66 @@ def run(*cmd, cwd):
     return r.stdout
 
 
-def files(folder): return sorted(p.relative_to(folder) for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts)
+def files(folder):
+    return sorted(p.relative_to(folder) for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts)
 
 
 def test_export_is_current(root, scratch):
     "nbdev_clean and nbdev_export change nothing"
-    run(BIN/'nbdev_clean', cwd=scratch)
-    run(BIN/'nbdev_export', cwd=scratch)
-    for f in files(scratch/'nbs'):
-        if f.suffix == '.ipynb': assert filecmp.cmp(scratch/'nbs'/f, root/'nbs'/f, shallow=False), f'nbs/{f}: run make export'
-    ours, theirs = ({f for f in files(p/'hessian_overlap') if f.suffix == '.py'} for p in (root, scratch))
+    run(BIN / 'nbdev_clean', cwd=scratch)
+    run(BIN / 'nbdev_export', cwd=scratch)
+    for f in files(scratch / 'nbs'):
+        if f.suffix == '.ipynb':
+            assert filecmp.cmp(scratch / 'nbs' / f, root / 'nbs' / f, shallow=False), f'nbs/{f}: run make export'
+    ours, theirs = ({f for f in files(p / 'hessian_overlap') if f.suffix == '.py'} for p in (root, scratch))
     assert ours == theirs
     for f in ours:
-        assert filecmp.cmp(root/'hessian_overlap'/f, scratch/'hessian_overlap'/f, shallow=False), f'hessian_overlap/{f}: run make export'
+        assert filecmp.cmp(root / 'hessian_overlap' / f, scratch / 'hessian_overlap' / f, shallow=False), (
+            f'hessian_overlap/{f}: run make export'
+        )
 
 
-def test_readme_is_current(root): run(sys.executable, root/'tools/make_readme.py', '--check', cwd=root)
+def test_readme_is_current(root):
+    run(sys.executable, root / 'tools/make_readme.py', '--check', cwd=root)
 
 
 def test_one_configuration(root):
     "nbs/_quarto.yml is a link to the one at the top; versions agree"
-    link = root/'nbs/_quarto.yml'
-    assert link.is_symlink() and link.resolve() == root/'_quarto.yml'
-    cfg = configparser.ConfigParser(delimiters=['='], interpolation=None); cfg.read(root/'settings.ini')
+    link = root / 'nbs/_quarto.yml'
+    assert link.is_symlink() and link.resolve() == root / '_quarto.yml'
+    cfg = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    cfg.read(root / 'settings.ini')
     version = cfg['DEFAULT']['version']
-    assert f'version: {version}\n' in (root/'CITATION.cff').read_text()
-    assert f'## {version}' in (root/'CHANGELOG.md').read_text()
+    assert f'version: {version}\n' in (root / 'CITATION.cff').read_text()
+    assert f'## {version}' in (root / 'CHANGELOG.md').read_text()
     import hessian_overlap
+
     assert hessian_overlap.__version__ == version
 
 
 def test_every_module_imports_only_lower_ones(root):
     "The data flows one way: a module imports only modules of lower-numbered notebooks"
-    import ast, json, re
+    import ast
+    import json
+    import re
+
     number = {}
-    for nb in (root/'nbs').glob('[0-9]*.ipynb'):
+    for nb in (root / 'nbs').glob('[0-9]*.ipynb'):
         for c in json.loads(nb.read_text())['cells']:
-            if m := re.search(r'^#\|\s*default_exp\s+(\w+)', ''.join(c['source']), re.M): number[m[1]] = int(nb.name[:2])
+            if m := re.search(r'^#\|\s*default_exp\s+(\w+)', ''.join(c['source']), re.M):
+                number[m[1]] = int(nb.name[:2])
     assert number
     for name, n in number.items():
-        for node in ast.walk(ast.parse((root/'hessian_overlap'/f'{name}.py').read_text())):
-            used = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [a.name for a in node.names] if isinstance(node, ast.Import) else \
-                   [f'hessian_overlap.{node.module}'] if isinstance(node, ast.ImportFrom) else []
+        for node in ast.walk(ast.parse((root / 'hessian_overlap' / f'{name}.py').read_text())):
+            used = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [f'hessian_overlap.{node.module}']
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for u in used:
                 m = re.fullmatch(r'hessian_overlap\.(\w+)', u or '')
                 assert not m or m[1] not in number or number[m[1]] < n, f'{name} ({n}) imports {m[1]} ({number[m[1]]})'
@@ -65,7 +89,7 @@ def test_wheel_from_sdist(scratch, tmp_path):
     inside = {n.partition('/')[2] for n in tarfile.open(sdist).getnames()}
     assert {'settings.ini', 'README.md', 'LICENSE', 'setup.py'} <= inside
     names = set(zipfile.ZipFile(wheel).namelist())
-    want = {f'hessian_overlap/{f.as_posix()}' for f in files(scratch/'hessian_overlap')}
+    want = {f'hessian_overlap/{f.as_posix()}' for f in files(scratch / 'hessian_overlap')}
     assert want <= names, want - names
     assert any(n.endswith('LICENSE') for n in names)
     assert not any(n.startswith(('tests', 'nbs', 'tools')) for n in names)

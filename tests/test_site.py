@@ -1,26 +1,40 @@
-"The site builds without a fault, and a real browser shows every page in light and in dark: maths, figures, nothing from the network."
-import subprocess, sys, threading
+"The site builds without a fault; a real browser shows every page in light and dark, and nothing is from the network."
+
+import subprocess
+import sys
+import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from shutil import which
+
 import pytest
 from conftest import missing
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture(scope='module')
 def site(root, once):
     "The site, built and checked as `make docs` does -> (its folder, exit code, what was said)"
-    if not which('npm') and not (root/'_vendor/katex').exists(): missing('npm is not installed, which fetches the scripts of the site')
-    if sys.version_info < (3, 11) and not which('quarto'): missing('neither Quarto nor Python 3.11, which smalldocs needs')
+    if not which('npm') and not (root / '_vendor/katex').exists():
+        missing('npm is not installed, which fetches the scripts of the site')
+    if sys.version_info < (3, 11) and not which('quarto'):
+        missing('neither Quarto nor Python 3.11, which smalldocs needs')
+
     def make(folder):
-        r = subprocess.run([sys.executable, root/'tools/build_docs.py', '--check', '--out', folder/'docs'], cwd=root, capture_output=True, text=True)
+        r = subprocess.run(
+            [sys.executable, root / 'tools/build_docs.py', '--check', '--out', folder / 'docs'],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
         return r.returncode, r.stdout + r.stderr
+
     folder, (code, said) = once('site', make)
-    return folder/'docs', code, said
+    return folder / 'docs', code, said
 
 
 def test_site_has_no_fault(site):
@@ -30,61 +44,99 @@ def test_site_has_no_fault(site):
 
 def test_printed_sentences_wrap_and_tables_do_not(tmp_path):
     from build_docs import wrap_sentences
-    sentence, row, lone = 'a sentence that is printed, longer than forty characters', 'step   50   train   0.1234   and so on, as long as that', 'array [0.1   0.2   0.3   0.4   0.5   0.6   0.7   0.8   0.9]'
-    rule, wide = '-'*60, 'one name   300 matvecs, and so on, as long as a sentence'
+
+    sentence, row, lone = (
+        'a sentence that is printed, longer than forty characters',
+        'step   50   train   0.1234   and so on, as long as that',
+        'array [0.1   0.2   0.3   0.4   0.5   0.6   0.7   0.8   0.9]',
+    )
+    rule, wide = '-' * 60, 'one name   300 matvecs, and so on, as long as a sentence'
     text = '\n'.join(['short', sentence, row, rule, row, sentence, lone, 'x &lt; y', wide, wide])
     page = f'<p>{sentence}</p><div class="cell-output cell-output-stdout">\n<pre><code>{text}</code></pre>\n</div>'
-    (tmp_path/'a.html').write_text(page); wrap_sentences(tmp_path); long = lambda s: f'<span class="long">{s}</span>'
-    assert (tmp_path/'a.html').read_text() == page.replace(text, '\n'.join(['short', long(sentence), row, rule, row, long(sentence), long(lone), 'x &lt; y', wide, wide]))
+    (tmp_path / 'a.html').write_text(page)
+    wrap_sentences(tmp_path)
+    long = lambda s: f'<span class="long">{s}</span>'
+    assert (tmp_path / 'a.html').read_text() == page.replace(
+        text, '\n'.join(['short', long(sentence), row, rule, row, long(sentence), long(lone), 'x &lt; y', wide, wide])
+    )
 
 
 def test_figures_are_lighter_only_where_no_eye_sees_it():
-    import io, numpy as np
-    from PIL import Image
+    import io
+
+    import numpy as np
     from exec_nbs import lighter
-    def png(a): buf = io.BytesIO(); Image.fromarray(a).save(buf, format='png'); return buf.getvalue()
-    rng = np.random.default_rng(0); flat = np.full((200, 300, 3), 255, np.uint8); flat[50:60] = 40, 80, 160; flat[:, 100:140] = rng.integers(100, 160, (1, 40, 1))
-    few = lighter(png(flat)); assert len(few) < len(png(flat)) and (np.asarray(Image.open(io.BytesIO(few)).convert('RGB')) == flat).all()
-    noise = png(rng.integers(0, 256, (200, 300, 3), dtype=np.uint8)); assert lighter(noise) == noise                        # far from 256 colours
-    clear = png(np.dstack([flat, np.full(flat.shape[:2], 120, np.uint8)])); assert lighter(clear) == clear                   # seen through
+    from PIL import Image
+
+    def png(a):
+        buf = io.BytesIO()
+        Image.fromarray(a).save(buf, format='png')
+        return buf.getvalue()
+
+    rng = np.random.default_rng(0)
+    flat = np.full((200, 300, 3), 255, np.uint8)
+    flat[50:60] = 40, 80, 160
+    flat[:, 100:140] = rng.integers(100, 160, (1, 40, 1))
+    few = lighter(png(flat))
+    assert len(few) < len(png(flat)) and (np.asarray(Image.open(io.BytesIO(few)).convert('RGB')) == flat).all()
+    noise = png(rng.integers(0, 256, (200, 300, 3), dtype=np.uint8))
+    assert lighter(noise) == noise  # far from 256 colours
+    clear = png(np.dstack([flat, np.full(flat.shape[:2], 120, np.uint8)]))
+    assert lighter(clear) == clear  # seen through
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_pages_in_a_browser(site, scheme, need_browser, artefacts):
     from browser import open_browser
+
     out, _, said = site
-    assert (out/'index.html').exists(), said
+    assert (out / 'index.html').exists(), said
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(out)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     home = f'http://127.0.0.1:{server.server_address[1]}/'
-    shots = artefacts/'site'; shots.mkdir(parents=True, exist_ok=True)
+    shots = artefacts / 'site'
+    shots.mkdir(parents=True, exist_ok=True)
     faults = []
     with open_browser() as browser:
         page = browser.new_page(viewport=dict(width=1280, height=900), color_scheme=scheme)
-        page.on('request', lambda q: q.url.startswith((home, 'data:', 'blob:')) or faults.append(f'{page.url}: asks for {q.url}'))
+        page.on(
+            'request',
+            lambda q: q.url.startswith((home, 'data:', 'blob:')) or faults.append(f'{page.url}: asks for {q.url}'),
+        )
         page.on('requestfailed', lambda q: faults.append(f'{page.url}: no answer for {q.url}'))
         page.on('response', lambda a: a.status >= 400 and faults.append(f'{page.url}: {a.status} for {a.url}'))
         page.on('pageerror', lambda e: faults.append(f'{page.url}: {e}'))
         for f in sorted(out.rglob('*.html')):
             name = f.relative_to(out).as_posix()
             page.goto(home + name, wait_until='load')
-            if page.locator('.ipywidget').count(): page.wait_for_selector('.ipywidget .jupyter-widgets', timeout=20_000)
-            seen = page.evaluate('''() => ({
-                raw: [...document.querySelectorAll('span.math')].length, broken: document.querySelectorAll('.katex-error').length,
+            if page.locator('.ipywidget').count():
+                page.wait_for_selector('.ipywidget .jupyter-widgets', timeout=20_000)
+            seen = page.evaluate("""() => ({
+                raw: [...document.querySelectorAll('span.math')].length,
+                broken: document.querySelectorAll('.katex-error').length,
                 widgets: [...document.querySelectorAll('.jupyter-widgets-error-widget')].map(e => e.textContent.trim()),
                 blind: [...document.images].filter(i => i.complete && !i.naturalWidth).length,
                 wide: document.documentElement.scrollWidth - innerWidth,
-                back: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.querySelector('main') || document.body).color })''')
-            if seen['raw'] or seen['broken']: faults.append(f'{name}: {seen["raw"] + seen["broken"]} formulas are not rendered')
-            for said in seen['widgets']: faults.append(f'{name}: a widget cannot be drawn: {said}')
-            if seen['blind']: faults.append(f'{name}: {seen["blind"]} images do not show')
-            if seen['wide'] > 0: faults.append(f'{name}: {seen["wide"]} px wider than the window')
-            back, ink = (sum(int(v) for v in seen[k][seen[k].index('(') + 1:-1].split(',')[:3])/3 for k in ('back', 'ink'))
-            if (back > ink) != (scheme == 'light') or abs(back - ink) < 100: faults.append(f'{name}: colours {seen["ink"]} on {seen["back"]} in the {scheme} scheme')
-            page.screenshot(path=shots/f'{name.replace("/", "-").removesuffix(".html")}-{scheme}.png', full_page=True)
+                back: getComputedStyle(document.body).backgroundColor,
+                ink: getComputedStyle(document.querySelector('main') || document.body).color })""")
+            if seen['raw'] or seen['broken']:
+                faults.append(f'{name}: {seen["raw"] + seen["broken"]} formulas are not rendered')
+            for said in seen['widgets']:
+                faults.append(f'{name}: a widget cannot be drawn: {said}')
+            if seen['blind']:
+                faults.append(f'{name}: {seen["blind"]} images do not show')
+            if seen['wide'] > 0:
+                faults.append(f'{name}: {seen["wide"]} px wider than the window')
+            back, ink = (
+                sum(int(v) for v in seen[k][seen[k].index('(') + 1 : -1].split(',')[:3]) / 3 for k in ('back', 'ink')
+            )
+            if (back > ink) != (scheme == 'light') or abs(back - ink) < 100:
+                faults.append(f'{name}: colours {seen["ink"]} on {seen["back"]} in the {scheme} scheme')
+            page.screenshot(path=shots / f'{name.replace("/", "-").removesuffix(".html")}-{scheme}.png', full_page=True)
             page.set_viewport_size(dict(width=390, height=800))
             wide = page.evaluate('document.documentElement.scrollWidth - innerWidth')
-            if wide > 0: faults.append(f'{name}: {wide} px wider than a telephone')
+            if wide > 0:
+                faults.append(f'{name}: {wide} px wider than a telephone')
             page.set_viewport_size(dict(width=1280, height=900))
     server.shutdown()
     assert not faults, '\n'.join(faults)
