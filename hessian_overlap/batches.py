@@ -4,120 +4,258 @@
 
 # %% ../nbs/08_batches.ipynb #21b70abd
 from __future__ import annotations
-from collections.abc import Mapping
-import copy, inspect, math, torch
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 # %% auto #0
-__all__ = []
+__all__ = ['named_params', 'FunctionModel', 'as_module', 'refuse_random_modules', 'is_pair', 'call_model', 'BatchLoss',
+           'tensors_of', 'to_device', 'num_samples', 'some_samples', 'joined_batch', 'stated_reduction',
+           'with_reduction', 'normaliser', 'shaken', 'find_rule', 'SavedBytes', 'default_memory']
+
+# %% ../nbs/08_batches.ipynb #ae68adfe
+def _by_rule(known, rule):
+    "The parameters that patterns name or a function accepts, in the order of the model"
+    if callable(rule): return {name: p for name, p in known.items() if rule(name, p)}
+    patterns = [rule] if isinstance(rule, str) else list(rule)
+    for pattern in patterns:
+        if any(fnmatchcase(name, pattern) for name in known): continue
+        raise ValueError(f'no parameter is called {pattern!r}; there are {", ".join(known)}')
+    return {name: p for name, p in known.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+def _is_pattern(params):
+    if isinstance(params, str) or callable(params): return True
+    return isinstance(params, (list, tuple)) and bool(params) and all(isinstance(p, str) for p in params)
+
+def named_params(
+    model: nn.Module,
+    params,  # list or {name: tensor}; pattern(s) such as "*.attn.*"; function (name, tensor) -> bool; None: all
+) -> dict:  # {name: tensor}, in the given order; by patterns and functions in the model's
+    "The chosen parameters; those that are frozen only where a list or a dict names them"
+    if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
+    known = dict(model.named_parameters())
+    free = {name: p for name, p in known.items() if p.requires_grad}
+    if params is None: return free
+    if _is_pattern(params): return _by_rule(free, params)
+    chosen = list(params.values() if isinstance(params, dict) else params)
+    names = {id(p): name for name, p in known.items()}
+    for p in chosen:
+        if id(p) in names: continue
+        shape = tuple(getattr(p, 'shape', ()))
+        raise ValueError(f'params has a {type(p).__name__} of shape {shape} that is no parameter of the model')
+    if len({id(p) for p in chosen}) < len(chosen): raise ValueError('params names the same parameter twice')
+    return {names[id(p)]: p for p in chosen}
+
+# %% ../nbs/08_batches.ipynb #1bced532
+class FunctionModel(nn.Module):
+    "A function (params, x) -> output as a module with these parameters"
+    def __init__(self,
+        f: Callable,  # f(params, x) or f(params, *x)
+        params: Mapping,  # {name: tensor}, floating point
+    ):
+        super().__init__()
+        self.f, self.keys = f, {name: name.replace('.', '/') for name in params}  # a module allows no dot in a name
+        for name, key in self.keys.items(): self.register_parameter(key, nn.Parameter(params[name].detach()))
+    def forward(self, *x): return self.f({name: getattr(self, key) for name, key in self.keys.items()}, *x)
+
+def as_module(model, params):
+    "The model and its parameters: a plain function of (params, x) becomes a `FunctionModel`"
+    if isinstance(model, nn.Module) or not callable(model): return model, params
+    is_tensors = isinstance(params, Mapping) and all(isinstance(p, Tensor) for p in params.values())
+    if params and is_tensors: return FunctionModel(model, params), None
+    raise TypeError('a model that is a plain function f(params, x) needs params, a dict {name: tensor}, '
+                    f'got {type(params).__name__}')
+
+# %% ../nbs/08_batches.ipynb #cf4cbe97
+def _is_random(m):
+    "Whether a module's output changes from one evaluation to the next, or with the other samples of a batch"
+    if not m.training: return False
+    if isinstance(m, nn.modules.dropout._DropoutNd): return m.p > 0
+    if isinstance(m, nn.RNNBase): return m.dropout > 0
+    return isinstance(m, nn.modules.batchnorm._BatchNorm)
+
+def refuse_random_modules(model):
+    "Modules whose output changes from one evaluation to the next have no Hessian"
+    for name, m in model.named_modules():
+        if not _is_random(m): continue
+        who = f"module {name or 'model'!r} ({type(m).__name__})"
+        raise ValueError(f'{who} is in training mode, where the loss is no function of the parameters alone: '
+                         'call model.eval() first')
+
+# %% ../nbs/08_batches.ipynb #d965db2f
+def is_pair(batch): return isinstance(batch, (tuple, list)) and len(batch) == 2
+
+def _binds(model, *args, **kwargs):
+    "Whether the model's forward takes these arguments"
+    try: inspect.signature(model.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError): return False
+    return True
+
+def call_model(model, x):
+    "model(x), model(**x) or model(*x)"
+    if isinstance(x, Mapping) and _binds(model, **x): return model(**x)
+    if isinstance(x, tuple) or isinstance(x, list) and _binds(model, *x): return model(*x)
+    return model(x)
+
+class BatchLoss(nn.Module):
+    "Model, loss function and batch -> (loss, output); parameters are those of the model"
+    def __init__(self, model, loss_func):
+        super().__init__()
+        self.model = model
+        self._loss_func = [loss_func]  # in a list: a loss module's parameters are none of the model's
+    def forward(self, batch):
+        if not is_pair(batch): return self._loss_func[0](self.model, batch), None
+        out = call_model(self.model, batch[0])
+        return self._loss_func[0](out, batch[1]), out
+
+# %% ../nbs/08_batches.ipynb #f78d7f3e
+def tensors_of(o):
+    "All tensors of a nested batch"
+    if isinstance(o, Tensor): return [o]
+    if isinstance(o, Mapping): o = o.values()
+    elif not isinstance(o, (tuple, list)): return []
+    return [t for part in o for t in tensors_of(part)]
+
+def to_device(o, device):
+    "A nested batch on the device; whatever is a mapping becomes a dict"
+    if isinstance(o, Mapping): return {k: to_device(v, device) for k, v in o.items()}
+    if isinstance(o, Tensor) and o.is_inference(): o = o.clone()  # which autograd could not keep
+    if hasattr(o, 'to'): return o.to(device)
+    if not isinstance(o, (tuple, list)): return o
+    parts = [to_device(v, device) for v in o]
+    return type(o)(*parts) if hasattr(o, '_fields') else type(o)(parts)
+
+# %% ../nbs/08_batches.ipynb #67b73d56
+def num_samples(batch):
+    "The first dimension of all tensors of a nested batch; None where they differ"
+    sizes = {t.shape[0] if t.dim() else None for t in tensors_of(batch)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+def some_samples(batch, start, stop):
+    "The samples of a nested batch from start to stop, without stop"
+    return tree_map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, batch)
+
+def _joinable(leaves):
+    "Whether all are tensors that differ in their first dimension at most, or all the same otherwise"
+    if not any(isinstance(t, Tensor) for t in leaves): return all(t == leaves[0] for t in leaves)
+    if not all(isinstance(t, Tensor) for t in leaves): return False
+    return len({(t.shape[1:], t.dtype) for t in leaves}) == 1
+
+def joined_batch(batches):
+    "Batches of one structure as a single one; None where they do not fit together"
+    if len(batches) == 1: return batches[0]
+    if any(num_samples(batch) is None for batch in batches): return None
+    flat, specs = zip(*map(tree_flatten, batches))
+    leaves = list(zip(*flat))
+    if any(spec != specs[0] for spec in specs) or not all(map(_joinable, leaves)): return None
+    joined = [torch.cat(ts) if isinstance(ts[0], Tensor) else ts[0] for ts in leaves]
+    return tree_unflatten(joined, specs[0])
 
 # %% ../nbs/08_batches.ipynb #f39ae674
-def _reduction(loss_func):
+def stated_reduction(loss_func):
     "'mean', 'sum' or None: the attribute of a loss module, or the argument of a function or a functools.partial of one"
     if hasattr(loss_func, 'reduction'): return loss_func.reduction
     try: arg = inspect.signature(loss_func).parameters.get('reduction')
-    except (TypeError,ValueError): return None
-    return arg.default if arg and arg.default in ('mean','sum') else None
+    except (TypeError, ValueError): return None
+    return arg.default if arg and arg.default in ('mean', 'sum') else None
 
-def _normaliser(loss_func, out, y, size=None):
-    "What a mean reduction divides the batch's summed loss by, as a float; None for a sum"
-    reduction = _reduction(loss_func)
-    if reduction=='sum': return None
-    if reduction=='mean' and size is None:
-        if isinstance(loss_func, nn.Module):
-            summed = copy.copy(loss_func)
-            summed.reduction = 'sum'
-        else: summed = lambda out,y: loss_func(out, y, reduction='sum')
-        with torch.no_grad(): mean,total = loss_func(out, y).double(), summed(out, y).double()
-        if mean!=0 and torch.isfinite(total/mean): return (total/mean).item()
-    return float(len(y) if size is None else size)
+def with_reduction(loss_func, reduction):
+    "The same loss with another reduction"
+    if not isinstance(loss_func, nn.Module): return lambda out, y: loss_func(out, y, reduction=reduction)
+    other = copy.copy(loss_func)
+    other.reduction = reduction
+    return other
 
-# %% ../nbs/08_batches.ipynb #ae68adfe
-def _named_params(model, params):
-    "The chosen parameters as {name: tensor}, in the given order"
-    if not isinstance(model, nn.Module): raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}')
-    known = dict(model.named_parameters())
-    if params is None: return {k:p for k,p in known.items() if p.requires_grad}
-    if isinstance(params, dict): params = list(params.values())
-    names,chosen = {id(p):k for k,p in known.items()}, list(params)
-    for p in chosen:
-        if id(p) not in names: raise ValueError(f"params has a tensor of shape {tuple(getattr(p,'shape',()))} that is no parameter of the model")
-    if len({id(p) for p in chosen})<len(chosen): raise ValueError('params names the same parameter twice')
-    return {names[id(p)]:p for p in chosen}
+@torch.no_grad()
+def normaliser(loss_func, out, y):
+    "What a loss with `reduction='mean'` divides its sum by, as a float"
+    for shift in (0., 1.):  # where the mean is zero it does not tell, but it will elsewhere
+        at = tree_map(lambda t, by=shift: t+by if isinstance(t, Tensor) and t.is_floating_point() else t, out)
+        mean, total = loss_func(at, y).double(), with_reduction(loss_func, 'sum')(at, y).double()
+        if mean != 0 and torch.isfinite(total/mean): return (total/mean).item()
+    return math.nan
 
-def _refuse_random_modules(model):
-    "Modules whose output changes from one evaluation to the next have no Hessian"
-    for name,m in model.named_modules():
-        drops = isinstance(m, nn.modules.dropout._DropoutNd) and m.p>0 or isinstance(m, nn.RNNBase) and m.dropout>0
-        if m.training and (drops or isinstance(m, nn.modules.batchnorm._BatchNorm)):
-            raise ValueError(f"module {name or 'model'!r} ({type(m).__name__}) is in training mode, where the loss is no function of the parameters alone: call model.eval() first")
+# %% ../nbs/08_batches.ipynb #d01eea58
+def shaken(batch, factor=False):
+    "The same with a wave added to all floating-point tensors, or multiplied by one: nothing special is left of them"
+    def wave(t):
+        if not (isinstance(t, Tensor) and t.is_floating_point()): return t
+        w = torch.arange(1, t.numel()+1, device=t.device).mul(2.).cos().reshape(t.shape).to(t.dtype)
+        if factor: return t*(.75 + w/4)
+        size = t.detach().abs().mean()
+        return t + w*torch.where(size > 0, size, 1.)
+    return tree_map(wave, batch)
 
-# %% ../nbs/08_batches.ipynb #d965db2f
-def _is_pair(batch): return isinstance(batch, (tuple,list)) and len(batch)==2
+def _parts(batch, other, cuts):
+    "A batch cut in two uneven parts, for each of the cuts; a single sample beside two of another one"
+    n = num_samples(batch) or 0
+    if n > 2: return [(some_samples(batch, 0, n//cut), some_samples(batch, n//cut, None)) for cut in cuts]
+    a, b = some_samples(batch, 0, 1), some_samples(batch, 1, 2) if n == 2 else other
+    return [(a, joined_batch([b, b]))] if n and b is not None else []
 
-def _call(model, x):
-    "model(x), model(**x) or model(*x)"
-    if isinstance(x, tuple): return model(*x)
-    if isinstance(x, Mapping):
-        try: inspect.signature(model.forward).bind(**x)
-        except TypeError: return model(x) # a model that takes the dict itself
-        return model(**x)
-    return model(x)
+def _fits(norm, a, b, losses, tol):
+    "Whether the loss of two batches joined is the mean of theirs, weighted by norm, or their sum if norm is None"
+    loss_a, loss_b, joint = losses
+    if norm is None: expected = loss_a+loss_b
+    else: expected = (norm(a)*loss_a + norm(b)*loss_b)/(norm(a)+norm(b))
+    return abs(joint-expected) <= tol*(abs(loss_a)+abs(loss_b))
 
-class _BatchLoss(nn.Module):
-    "Model, loss function and batch -> (loss, output); parameters are those of the model"
-    def __init__(self, model, loss_func): super().__init__(); self.model,self._loss_func = model,[loss_func]
-    def forward(self, batch):
-        if not _is_pair(batch): return self._loss_func[0](self.model, batch),None
-        out = _call(self.model, batch[0])
-        return self._loss_func[0](out, batch[1]),out
-
-def _tensors(o):
-    "All tensors of a nested batch"
-    if isinstance(o, Tensor): return [o]
-    return [t for v in (o.values() if isinstance(o, Mapping) else o if isinstance(o, (tuple,list)) else ()) for t in _tensors(v)]
-
-def _to(o, device):
-    "A nested batch on the device"
-    if hasattr(o, 'to') and not isinstance(o, Mapping): return o.to(device)
-    if isinstance(o, Mapping): return {k:_to(v, device) for k,v in o.items()}
-    return type(o)(_to(v, device) for v in o) if type(o) in (tuple,list) else o
-
-# %% ../nbs/08_batches.ipynb #67b73d56
-def _cat(batches):
-    "Batches of one structure as a single one; None where they do not fit together"
-    if len(batches)==1: return batches[0]
-    flat,specs = zip(*map(tree_flatten, batches))
-    fits = lambda ts: all(isinstance(t, Tensor) and t.dim()>0 and t.shape[1:]==ts[0].shape[1:] and t.dtype==ts[0].dtype for t in ts)
-    if any(s!=specs[0] for s in specs) or not all(map(fits, zip(*flat))): return None
-    return tree_unflatten([torch.cat(ts) for ts in zip(*flat)], specs[0])
+# %% ../nbs/08_batches.ipynb #215094b9
+@torch.no_grad()
+def find_rule(
+    value: Callable,  # batch -> its loss, a float
+    batch,  # nested; its parts are compared with the whole
+    norms: dict,  # name -> function of a batch that gives what a mean divides by; None for a sum
+    tol: float,  # relative
+    other=None,  # one more sample, for a batch that is a single one
+    cuts: tuple = (3, 2),  # fractions of the batch to cut it at
+) -> str | None:  # the name of the first that holds; None if none does, or the batch cannot be cut
+    "How the loss of a batch follows from those of its parts"
+    try:
+        parts = _parts(batch, other, cuts)
+        losses = [[value(o) for o in (a, b, joined_batch([a, b]))] for a, b in parts]
+    except Exception: return None  # what a foreign loss raises on parts of a batch says that it cannot be cut
+    for name, norm in norms.items() if parts else ():
+        if all(_fits(norm, *ab, ls, tol) for ab, ls in zip(parts, losses)): return name
+    return None
 
 # %% ../nbs/08_batches.ipynb #c851caed
-class _Saved:
+class SavedBytes:
     "Counts the bytes that autograd saves inside the `with` block"
     def __enter__(self):
-        self.storages = {}
+        self.storages = {}  # which are held, so that none takes the address of another one
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
         self.hooks.__enter__()
         return self
     def pack(self, t):
-        self.storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t.detach() # with its graph it would be a circle that nobody frees
-    def __exit__(self, *args): self.hooks.__exit__(*args)
-    @property
-    def nbytes(self): return sum(self.storages.values())
+        storage = t.untyped_storage()
+        self.storages[storage.data_ptr()] = storage
+        return t.detach()  # with its graph it would be a circle that nobody frees
+    def __exit__(self, *args):
+        self.nbytes = sum(storage.nbytes() for storage in self.storages.values())
+        self.storages = None
+        self.hooks.__exit__(*args)
 
 # %% ../nbs/08_batches.ipynb #c8424696
 def _free_memory(device):
     "Bytes that are free on the device; 4 GB where nobody says"
-    if device.type=='cuda': return torch.cuda.mem_get_info(device)[0]
-    try: free = next(int(l.split()[1])*1024 for l in open('/proc/meminfo') if l.startswith('MemAvailable'))
-    except (OSError,StopIteration): return 2**32
-    try: return min(free, int(open('/sys/fs/cgroup/memory.max').read()) - int(open('/sys/fs/cgroup/memory.current').read()))
-    except (OSError,ValueError): return free
+    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
+    lines = lambda path: Path(path).read_text().splitlines()
+    try: free = next(int(line.split()[1])*1024 for line in lines('/proc/meminfo') if line.startswith('MemAvailable'))
+    except (OSError, StopIteration): return 2**32
+    try: limit, used = (int(lines(f'/sys/fs/cgroup/memory.{name}')[0]) for name in ('max', 'current'))
+    except (OSError, ValueError): return free  # no container, or one without a limit
+    return min(free, limit-used)
 
 # %% ../nbs/08_batches.ipynb #f8be2834
-def _default_memory(device):
+def default_memory(device):
     "Bytes to work with: the power of two at or below half of what is free, at most 4 GiB"
     return 2.**min(32, math.floor(math.log2(max(1, _free_memory(device)/2))))

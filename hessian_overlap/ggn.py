@@ -4,10 +4,12 @@
 
 # %% ../nbs/13_ggn.ipynb #61e0f270
 from __future__ import annotations
+
 import torch
 from torch import Tensor
-from .batches import _Saved, _is_pair
-from .curvature import CurvatureOperator, _rows
+
+from .batches import SavedBytes, is_pair, with_reduction
+from .curvature import CurvatureOperator, graph_vjp, rowwise
 
 # %% auto #0
 __all__ = ['GGNLinearOperator', 'EFLinearOperator']
@@ -17,42 +19,61 @@ def _jacobian(out, theta):
     "v -> J v and u -> Jᵀ u, one by one or batched, for the Jacobian J of out by theta"
     u = torch.zeros_like(out, requires_grad=True)
     with torch.enable_grad(): w = torch.autograd.grad(out, theta, u, create_graph=True, materialize_grads=True)[0]
-    back = lambda a,b,v,batched: torch.autograd.grad(a, b, v, retain_graph=True, is_grads_batched=batched, materialize_grads=True)[0]
-    return (lambda v,batched: back(w, u, v, batched)), (lambda v,batched: back(out, theta, v, batched))
+    return (lambda v, batched: graph_vjp(w, u, v, batched)), (lambda v, batched: graph_vjp(out, theta, v, batched))
 
 # %% ../nbs/13_ggn.ipynb #00f7a074
 class _Factored(CurvatureOperator):
     "Jᵀ B J, B by `_middle`"
-    strategies = ('batched','single','linear','linear-batched')
+    strategies = ('batched', 'single', 'linear', 'linear-batched')
     def _check(self, batch, out):
-        if not _is_pair(batch): raise TypeError(f'{type(self).__name__} needs loss_func(model(x), y), to know where the model ends: give batches (x, y), got {type(batch).__name__}')
-        if not isinstance(out, Tensor): raise TypeError(f'{type(self).__name__} needs a model that returns a tensor, got {type(out).__name__}: wrap the model')
+        name = type(self).__name__
+        if not is_pair(batch):
+            raise TypeError(f'{name} needs loss_func(model(x), y), to know where the model ends: '
+                            f'give batches (x, y), got {type(batch).__name__}')
+        if isinstance(out, Tensor): return
+        raise TypeError(f'{name} needs a model that returns a tensor, got {type(out).__name__}: wrap the model')
+    def _primal(self, theta, batch, graph=True, **where):
+        "What is differentiated: the output"
+        return self._loss(theta, batch, **where)[1]
+    def _along(self, out, theta, v):
+        "Its derivative along v, by its graph"
+        return _jacobian(out, theta)[0](v, False) if out.requires_grad else torch.zeros_like(out)
     def _product(self, batch, norm, strategy):
         theta = self.theta.requires_grad_()
-        with torch.enable_grad(), _Saved() as saved:
-            out = self._loss(theta, batch)[1]
-            jv,jtu = _jacobian(out, theta)
+        with torch.enable_grad(), SavedBytes() as saved:
+            out = self._primal(theta, batch)
+            if not out.requires_grad: return torch.zeros_like, 0  # this batch does not depend on θ
+            jv, jtu = _jacobian(out, theta)
             middle = self._middle(out.detach().requires_grad_(), batch[1], norm)
         nbytes = saved.nbytes
         if strategy.startswith('linear'):
-            output = lambda t,batch,others: torch.func.vjp(lambda t: self._loss(t, batch, others)[1], t)[0]
-            jv,held = self._linearised('output', output, batch, out, strategy=='linear-batched')
+            output = lambda t, batch, others: torch.func.vjp(lambda t: self._loss(t, batch, others)[1], t)[0]
+            jv, held = self._linearised('output', output, batch, out, strategy == 'linear-batched')
             nbytes += held
-        return _rows(lambda v,batched: jtu(middle(jv(v, batched), batched), batched), strategy.endswith('batched')),nbytes
+        product = lambda v, batched: jtu(middle(jv(v, batched), batched), batched)
+        return rowwise(product, strategy.endswith('batched')), nbytes
 
+# %% ../nbs/13_ggn.ipynb #ec9a737a
 class GGNLinearOperator(_Factored):
     "The generalised Gauss-Newton matrix (1/N) Σᵢ Jᵢᵀ ∇²ℓᵢ Jᵢ of the loss of a model over data (Schraudolph 2002)"
     def _middle(self, out, y, norm):
         g = torch.autograd.grad(self.loss_func(out, y), out, create_graph=True, materialize_grads=True)[0]
-        if not g.requires_grad: return lambda z,batched: torch.zeros_like(z)
-        return lambda z,batched: torch.autograd.grad(g, out, z, retain_graph=True, is_grads_batched=batched, materialize_grads=True)[0]
+        if not g.requires_grad: return lambda z, batched: torch.zeros_like(z)
+        return lambda z, batched: graph_vjp(g, out, z, batched)
 
 class EFLinearOperator(_Factored):
     "The empirical Fisher (1/N) Σᵢ gᵢ gᵢᵀ of the gradients gᵢ of the samples' losses"
+    needs_rule = True  # the gradient of a batch does not say how many samples it is the mean of
     def _middle(self, out, y, norm):
         r = torch.autograd.grad(self.loss_func(out, y), out, materialize_grads=True)[0]
-        rest,scale = tuple(range(1, r.dim())),norm or 1.
+        rest, samples = tuple(range(1, r.dim())), self._samples(out, y, norm)
         def middle(z, batched):
             dims = tuple(d+batched for d in rest)
-            return scale*r*((r*z).sum(dims, keepdim=True) if dims else r*z)
+            return samples*r*((r*z).sum(dims, keepdim=True) if dims else r*z)
         return middle
+    def _samples(self, out, y, norm):
+        "The number of samples that a batch's mean is over; 1 for a sum"
+        if norm is None: return 1.
+        if self._rule != 'ratio': return norm
+        with torch.no_grad(): terms = with_reduction(self.loss_func, 'none')(out, y).numel()
+        return norm*len(out)/terms  # a mean over the entries of an output divides by them, too
