@@ -268,7 +268,7 @@ CASES = {  # function, arguments that are right (each made anew), and the kinds 
     'magnitude_order': (ho.magnitude_order, dict(params=net), dict(scope='choice')),
     'leverage': (ho.leverage, dict(U=basis), dict(U='basis')),
     'best_order': (ho.best_order, dict(U=basis), dict(U='basis')),
-    'order_within': (ho.order_within, dict(order=order, group=lambda: torch.arange(5)), dict(order='order')),
+    'order_within': (ho.order_within, dict(order=order, group=lambda: torch.arange(n) < 5), dict(order='order')),
     'mask_overlap': (ho.mask_overlap, dict(mask=mask, U=basis), dict(mask='mask', U='basis')),
     'overlap_curve': (ho.overlap_curve, dict(order=order, U=basis), dict(order='order', U='basis', ks='ks')),
     'overlap_table': (ho.overlap_table, dict(order=order, U=basis), dict(order='order', U='basis', sizes='ks')),
