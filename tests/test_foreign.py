@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import hessian_overlap
 from hessian_overlap.curvature import HessianLinearOperator
 from hessian_overlap.ggn import GGNLinearOperator
-from hessian_overlap.synthmat import column_noise
+from hessian_overlap.noise import column_noise
 
 f64 = torch.float64
 COLUMNS = 16  # enough for a recording to pay, so that the default is what a solver uses
