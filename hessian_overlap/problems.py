@@ -159,7 +159,7 @@ def load_mnist(
     "The full MNIST from IDX files, plain or .gz, checksums verified"
     return tuple(_read_mnist(root, name) for name in MNIST_SHA256)
 
-# %% ../nbs/10_problems.ipynb #a7f61506
+# %% ../nbs/10_problems.ipynb #7210cdf4
 class TensorData:
     "Nested tensors in memory, samples along their first dimension"
     def __init__(self, x, y=None): self.whole = x if y is None else (x, y)
@@ -178,7 +178,7 @@ class StoredData:
         n = len(self)
         return (self.take(range(i, min(i+size, n))) for i in range(0, n, size))
 
-# %% ../nbs/10_problems.ipynb #c1c0f813
+# %% ../nbs/10_problems.ipynb #6b185fb9
 class StreamData:
     "Batches in an order of their own, which is gone through again and again"
     def __init__(self, batches, device):
@@ -324,9 +324,10 @@ def check_data(self: Problem, split: str):
     if not in_memory and hasattr(data, '__len__') and not len(data): raise ValueError(f'{who} have no samples')
     batch = data.whole if in_memory else data.first(1)
     x, y = batch if is_pair(batch) else (batch, None)
-    if in_memory and y is not None and (not _num(x) or _num(x) != _num(y)):
-        raise ValueError(f'{who} have {_num(x)} inputs and {_num(y)} labels; want as many of both, and at least one')
-    if in_memory and not len(data): raise ValueError(f'{who} have tensors of different first dimensions, or of none')
+    sizes = [_num(part) for part in (x, y)[:1 + (y is not None)]] if in_memory else [1]
+    if None in sizes: raise ValueError(f'{who} have tensors that differ in their first dimension, that of the samples')
+    if not sizes[0] or sizes[0] != sizes[-1]: raise ValueError(
+        f'{who} have {sizes[0]} inputs and {sizes[-1]} labels; want as many of both, and at least one')
     kinds = {t.dtype for t in tensors_of(x) if t.is_floating_point()} - {self.dtype}
     if kinds: raise TypeError(f'{who} are {kinds.pop()}, the model {self.dtype}; make them the same')
     devices = {t.device for t in tensors_of(batch)}

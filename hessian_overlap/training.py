@@ -30,7 +30,7 @@ from .checks import check_choice, check_whole
 from .files import open_sealed, write_sealed
 from .problems import Problem, TensorData, as_data
 
-# %% ../nbs/11_training.ipynb #075e4a41
+# %% ../nbs/11_training.ipynb #882e0a34
 _STATISTICS = '_u', '_v', 'weight_u', 'weight_v'  # of spectral norm
 
 def moving_buffers(
@@ -178,7 +178,7 @@ def restore(self: TrainingRun,
     "The model at a recorded step, parameters and buffers"
     return load_params(model, self.theta(step), {name: b[self._row(step)] for name, b in self.buffers.items()})
 
-# %% ../nbs/11_training.ipynb #1a456dfd
+# %% ../nbs/11_training.ipynb #5ae1f093
 def identity(
     problem: Problem,
     theta: Tensor | None = None,  # (n,) where to look; None: at the initial parameters and buffers
@@ -213,7 +213,7 @@ def _gradients(p, loss, params):
     if loss.requires_grad: return torch.autograd.grad(loss, params, materialize_grads=True)
     raise ValueError(f'{p.name}: the loss does not depend on the parameters')
 
-# %% ../nbs/11_training.ipynb #39767647
+# %% ../nbs/11_training.ipynb #8854851d
 OPTIMIZERS = {name.lower(): o for name, o in vars(torch.optim).items()
               if isinstance(o, type) and issubclass(o, Optimizer) and o is not Optimizer}
 
@@ -302,7 +302,7 @@ def _step(p: Problem, model, params, t: int, opt=None) -> float:
     opt.step(closure)
     return values[0]
 
-# %% ../nbs/11_training.ipynb #b95d3715
+# %% ../nbs/11_training.ipynb #aae1317d
 def _snapshot(p: Problem, model, params, t: int) -> tuple:
     "(theta, changed buffers, train loss, train accuracy, test loss, test accuracy) at step t"
     curves = []
