@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .checks import check_seed
+from .checks import check_seed, check_whole
 
 # %% ../nbs/09_models.ipynb #2df2c7a7
 def default_device(device=None) -> torch.device:
@@ -25,6 +25,8 @@ def default_device(device=None) -> torch.device:
     if d.type == 'cuda' and (d.index or 0) >= there:
         seen = f'PyTorch {torch.__version__} sees {there} CUDA devices here'
         raise ValueError(f"device={device!r}: {seen}; use device='cpu'")
+    if d.type not in ('cpu', 'cuda'):
+        raise ValueError(f"device={device!r}: want a device with numbers in double precision, 'cpu' or 'cuda'")
     return d
 
 # %% ../nbs/09_models.ipynb #60e0b1ce
@@ -47,6 +49,8 @@ def seeded(
     device=None,  # None: CUDA if it is there
 ) -> nn.Module:  # in eval mode
     "The network that `torch.manual_seed(seed); make()` gives, without reading or moving the global generator"
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f'dtype={dtype}: parameters are of a floating-point dtype, such as torch.float32')
     gen = torch.Generator().manual_seed(check_seed(seed))
     device = default_device(device)
     with torch.device('meta'): model = make()
@@ -62,6 +66,8 @@ def mnist_mlp(
     widths: tuple = (256, 20, 20, 20, 20, 20, 10),  # units per layer, input first
 ) -> nn.Sequential:  # in eval mode; maps (N, 256) floats in [0, 1] to (N, 10) logits
     "Tanh network of 7030 parameters, initialised as PyTorch does, U(-1/√fan_in, 1/√fan_in), from `seed` alone"
+    widths = [check_whole('a width', w, 1) for w in widths]
+    if len(widths) < 2: raise ValueError(f'widths={widths}: want at least those of the input and of the output')
     def make():
         layers = []
         for a, b in zip(widths, widths[1:]): layers += [nn.Linear(a, b), nn.Tanh()]

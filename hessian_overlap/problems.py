@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['MNIST16_SHA256', 'HOW_TO_GET', 'MNIST_SHA256', 'MNIST_FOLDERS', 'MNIST_HOLDOUT', 'PROBLEMS', 'resize_images',
-           'balanced_indices', 'load_mnist16', 'parse_idx', 'load_mnist', 'Problem', 'make_problem']
+           'balanced_indices', 'load_mnist16', 'parse_idx', 'load_mnist', 'TensorData', 'StoredData', 'StreamData',
+           'as_data', 'Problem', 'make_problem']
 
 # %% ../nbs/10_problems.ipynb #396198fc
 import gzip
 import hashlib
 import io
 import math
-import operator
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -24,8 +24,19 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from .checks import check_seed
+from hessian_overlap.batches import (
+    BatchLoss,
+    is_pair,
+    num_samples,
+    refuse_random_modules,
+    some_samples,
+    tensors_of,
+    to_device,
+)
+from .checks import check_seed, check_whole
 from .models import cifar10_3c3d as cifar10_3c3d  # to be imported from here as well
 from .models import cifar100_allcnnc as cifar100_allcnnc
 from .models import default_device, mnist_mlp
@@ -62,8 +73,8 @@ def balanced_indices(
     num_classes: int,  # C
 ) -> Tensor:  # (samples,) int64 indices into y, increasing
     "Indices of the first samples/C members of each class, in file order"
-    samples = operator.index(samples)
-    if samples < 1 or samples % num_classes:
+    samples = check_whole('samples', samples, 1)
+    if samples % num_classes:
         raise ValueError(f'samples={samples}: a class-balanced batch needs a positive multiple '
                          f'of the {num_classes} classes')
     each = samples//num_classes
@@ -148,28 +159,95 @@ def load_mnist(
     "The full MNIST from IDX files, plain or .gz, checksums verified"
     return tuple(_read_mnist(root, name) for name in MNIST_SHA256)
 
+# %% ../nbs/10_problems.ipynb #7210cdf4
+class TensorData:
+    "Nested tensors in memory, samples along their first dimension"
+    def __init__(self, x, y=None): self.whole = x if y is None else (x, y)
+    def __len__(self): return num_samples(self.whole) or 0
+    def take(self, index): return tree_map(lambda t: t[index] if isinstance(t, Tensor) else t, self.whole)
+    def first(self, num): return some_samples(self.whole, 0, num)
+    def in_order(self, size): return (some_samples(self.whole, i, i+size) for i in range(0, len(self), size))
+
+class StoredData:
+    "Samples that are read one by one from a dataset, and joined by `collate`"
+    def __init__(self, dataset, collate, device): self.dataset, self.collate, self.device = dataset, collate, device
+    def __len__(self): return len(self.dataset)
+    def take(self, index): return to_device(self.collate([self.dataset[i] for i in list(map(int, index))]), self.device)
+    def first(self, num): return self.take(range(min(num, len(self))))
+    def in_order(self, size):
+        n = len(self)
+        return (self.take(range(i, min(i+size, n))) for i in range(0, n, size))
+
+# %% ../nbs/10_problems.ipynb #6b185fb9
+class StreamData:
+    "Batches in an order of their own, which is gone through again and again"
+    def __init__(self, batches, device):
+        self.batches, self.device, self.at, self.endless = batches, device, 0, None
+    def __getstate__(self): return self.__dict__ | dict(at=0, endless=None)
+    def _again(self):
+        while True:
+            empty = True
+            for batch in self.batches:
+                empty = False
+                yield to_device(batch, self.device)
+            if empty: raise ValueError('the data hold no batch')
+    def nth(self, step):
+        if self.endless is None or step < self.at: self.endless, self.at = self._again(), 0
+        while self.at <= step: batch, self.at = next(self.endless), self.at+1
+        return batch
+    def first(self, num):
+        batch = next(self._again())
+        return some_samples(batch, 0, num) if num_samples(batch) else batch
+    def in_order(self, size): return (to_device(batch, self.device) for batch in self.batches)
+
+def as_data(
+    x,  # tensors, nested or not; or a Dataset, a DataLoader, or a list of batches, then without y
+    y=None,  # tensors beside x; None: x is all there is
+    device='cpu',  # to which samples that are read are moved; tensors in memory must be there
+):  # TensorData, StoredData or StreamData
+    "Data of one kind or another behind the same few methods"
+    if isinstance(x, (TensorData, StoredData, StreamData)): return x
+    if y is not None or isinstance(x, (Tensor, Mapping, tuple)): return TensorData(x, y)
+    if isinstance(x, DataLoader) and x.batch_size and not isinstance(x.dataset, IterableDataset):
+        return StoredData(x.dataset, x.collate_fn, device)
+    if hasattr(x, '__getitem__') and hasattr(x, '__len__') and not isinstance(x, (list, str, DataLoader)):
+        return StoredData(x, default_collate, device)
+    if hasattr(x, '__iter__') and not isinstance(x, (Iterator, str)): return StreamData(x, device)
+    raise TypeError('data must be tensors, a Dataset, a DataLoader or a list of batches, '
+                    f'got {type(x).__name__}, which cannot be gone through twice')
+
 # %% ../nbs/10_problems.ipynb #5faebde3
 @dataclass(repr=False, eq=False)
 class Problem:
     "A model at its initial parameters, a loss, and data in a fixed order, on one device and in one dtype"
     name: str  # for tables, plots and records
     model: nn.Module  # in eval mode, at its initial parameters, on the device
-    loss_func: Callable  # (logits, y) -> scalar, the *mean* over the samples
-    train_x: Tensor  # (N, ...) inputs, in the model's dtype
-    train_y: Tensor  # (N,) int64 classes
+    loss_func: Callable  # (model(x), y) or (model, batch) -> scalar, the *mean* over the samples
+    train_x: Tensor  # (N, ...) inputs, in the model's dtype; or whatever as_data takes
+    train_y: Tensor | None  # (N,) int64 classes, or any tensors; None: train_x holds all
     test_x: Tensor  # (M, ...)
-    test_y: Tensor  # (M,)
-    batch_size: int  # samples a training step, 1 to N
-    lr: float  # learning rate of plain SGD, positive
-    num_classes: int  # C
+    test_y: Tensor | None  # (M,)
+    batch_size: int  # samples a training step, 1 to N; of batches in an order of their own, not used
+    lr: float  # learning rate, positive
+    num_classes: int | None  # C; None: no classification
     seed: int  # of the training order (and, in make_problem, of the initial parameters)
     source: str = ''  # what data these are, with a checksum where there is one
+    # of x, or of a batch that is no pair: what its mean loss divides by, such as the number of tokens; None: samples
+    batch_size_fn: Callable | None = None
     theta0: Tensor = field(init=False)  # (n,) copy of the initial parameters
+    buffers0: dict = field(init=False)  # {name: copy of an initial buffer}
 
     def __post_init__(self):
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f'{self.name}: model must be a torch.nn.Module, got {type(self.model).__name__}')
+        if not self.params: raise ValueError(f'{self.name}: the model has no trainable parameters')
         self.seed = check_seed(self.seed)
+        for split in 'train', 'test':  # what is no tensor is made ready once
+            data = as_data(*self.split(split), self.device)
+            if not isinstance(data, TensorData): setattr(self, f'{split}_x', data)
         self.check()
         self.theta0 = parameters_to_vector(self.params).detach().clone()
+        self.buffers0 = {name: b.detach().clone() for name, b in self.model.named_buffers()}
 
     # trainable, in the order of theta
     params = property(lambda self: [p for p in self.model.parameters() if p.requires_grad])
@@ -185,8 +263,27 @@ def split(self: Problem, name: str) -> tuple:
     return (self.train_x, self.train_y) if name == 'train' else (self.test_x, self.test_y)
 
 @patch
+def data(self: Problem,
+    split: str,  # 'train' or 'test'
+):  # TensorData, StoredData or StreamData
+    "The data of a split"
+    return as_data(*self.split(split), self.device)
+
+@patch
+def loss(self: Problem,
+    model: nn.Module,  # the problem's, or a copy of it at other parameters
+    batch,  # as it comes from the data
+) -> tuple:  # (loss, output): scalar, and what the model returned; None where the loss calls the model itself
+    "The loss of a batch"
+    loss, out = BatchLoss(model, self.loss_func)(batch)
+    if isinstance(loss, Tensor) and loss.dim() == 0: return loss, out
+    found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    raise ValueError(f"{self.name}: loss_func must give a scalar tensor, got {found}: use reduction='mean'")
+
+@patch
 def __repr__(self: Problem):
-    data = f'{len(self.train_x)} train and {len(self.test_x)} test samples of {self.num_classes} classes'
+    train, test = (len(d) if hasattr(d, '__len__') else 'streamed' for d in map(self.data, ('train', 'test')))
+    data = f'{train} train and {test} test samples' + f' of {self.num_classes} classes'*(self.num_classes is not None)
     training = f'batch {self.batch_size}, lr {self.lr}, seed {self.seed}'
     where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
     return f'Problem({self.name}: n={self.n_params}, {data}, {training}, {where})'
@@ -198,48 +295,93 @@ def check(self: Problem):
     p = self
     kinds = {(q.dtype, q.device) for q in p.params}
     if len(kinds) != 1:
-        raise ValueError(f'{p.name}: want trainable parameters of one dtype on one device, got {kinds or "none"}')
+        raise ValueError(f'{p.name}: want trainable parameters of one dtype on one device, got {kinds}')
     if p.dtype not in (torch.float32, torch.float64):
         raise ValueError(f'{p.name}: dtype {p.dtype}; want torch.float32 or torch.float64')
-    for name, m in p.model.named_modules():
-        if m.training and isinstance(m, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
-            raise ValueError(f'{p.name}: layer {name or "model"} ({type(m).__name__}) is in training mode, '
-                             'so the loss is random; call model.eval() first')
-    if not 0 < p.lr < math.inf: raise ValueError(f'{p.name}: lr={p.lr}; want a positive number')
+    if p.device.type == 'meta': raise ValueError(f'{p.name}: the model is on the meta device, which holds no numbers')
+    try: refuse_random_modules(p.model)
+    except ValueError as e: raise ValueError(f'{p.name}: {e}') from None
+    is_number = isinstance(p.lr, (int, float)) and not isinstance(p.lr, bool)
+    if not is_number or not 0 < p.lr < math.inf: raise ValueError(f'{p.name}: lr={p.lr}; want a positive number')
+    if p.num_classes is not None: check_whole('num_classes', p.num_classes, 1)
+    if p.batch_size_fn is not None and not callable(p.batch_size_fn):
+        raise TypeError(f'{p.name}: batch_size_fn={p.batch_size_fn!r} is no function')
     for split in 'train', 'test': p.check_data(split)
-    if not 1 <= p.batch_size <= len(p.train_x):
-        raise ValueError(f'{p.name}: batch_size={p.batch_size} is not from 1 to {len(p.train_x)}, '
+    data, size = p.data('train'), check_whole('batch_size', p.batch_size, 1)
+    if hasattr(data, '__len__') and size > len(data):
+        raise ValueError(f'{p.name}: batch_size={p.batch_size} is not from 1 to {len(data)}, '
                          'the number of training samples')
     p.check_mean()
 
 # %% ../nbs/10_problems.ipynb #5b3221d8
+def _num(part): return num_samples(part) if tensors_of(part) else 0
+
 @patch
 def check_data(self: Problem, split: str):
     "Raise where a split is empty, of another dtype or device than the model, or has labels that are no classes"
-    x, y = self.split(split)
-    who = f'{self.name}: the {split} data'
-    if len(x) == 0 or len(x) != len(y):
-        raise ValueError(f'{who} have {len(x)} inputs and {len(y)} labels; want as many of both, and at least one')
-    if x.is_floating_point() and x.dtype != self.dtype:
-        raise TypeError(f'{who} are {x.dtype}, the model {self.dtype}; make them the same')
-    if {x.device, y.device} != {self.device}:
-        raise ValueError(f'{who} are on {x.device} and {y.device}, the model on {self.device}')
-    if y.dtype != torch.int64 or y.ndim != 1 or y.min() < 0 or y.max() >= self.num_classes:
-        raise ValueError(f'{who} need (N,) int64 classes from 0 to {self.num_classes - 1}, '
-                         f'got {y.dtype} {tuple(y.shape)} from {y.min()} to {y.max()}')
+    data, who = self.data(split), f'{self.name}: the {split} data'
+    in_memory = isinstance(data, TensorData)
+    if not in_memory and hasattr(data, '__len__') and not len(data): raise ValueError(f'{who} have no samples')
+    batch = data.whole if in_memory else data.first(1)
+    x, y = batch if is_pair(batch) else (batch, None)
+    sizes = [_num(part) for part in (x, y)[:1 + (y is not None)]] if in_memory else [1]
+    if None in sizes: raise ValueError(f'{who} have tensors that differ in their first dimension, that of the samples')
+    if not sizes[0] or sizes[0] != sizes[-1]: raise ValueError(
+        f'{who} have {sizes[0]} inputs and {sizes[-1]} labels; want as many of both, and at least one')
+    kinds = {t.dtype for t in tensors_of(x) if t.is_floating_point()} - {self.dtype}
+    if kinds: raise TypeError(f'{who} are {kinds.pop()}, the model {self.dtype}; make them the same')
+    devices = {t.device for t in tensors_of(batch)}
+    if devices - {self.device}:
+        raise ValueError(f"{who} are on {' and '.join(sorted(map(str, devices)))}, the model on {self.device}")
+    if self.num_classes is not None: _check_classes(y, self.num_classes, who)
+
+def _check_classes(y, num_classes, who):
+    "Labels must be classes"
+    fits = isinstance(y, Tensor) and y.dtype == torch.int64 and y.ndim == 1
+    if fits and y.min() >= 0 and y.max() < num_classes: return
+    found = type(y).__name__
+    if isinstance(y, Tensor): found = f'{y.dtype} {tuple(y.shape)} from {y.min()} to {y.max()}'
+    raise ValueError(f'{who} need (N,) int64 classes from 0 to {num_classes - 1}, got {found}; '
+                     'or num_classes=None, for what is no classification')
 
 # %% ../nbs/10_problems.ipynb #70cd70e7
 @patch
+def weight(self: Problem,
+    batch,  # as it comes from the data
+) -> float:  # positive
+    "What the mean loss of a batch divides by: its number of samples, or what batch_size_fn says"
+    if self.batch_size_fn is not None: return float(self.batch_size_fn(batch[0] if is_pair(batch) else batch))
+    n = num_samples(batch)
+    if n: return n
+    raise ValueError(f'{self.name}: the tensors of a batch differ in their first dimension, so the number of its '
+                     'samples is not known: give batch_size_fn')
+
+@patch
+def _two_samples(self: Problem):
+    "Two training samples (of different classes, if there are), and both as one batch; None where none are told apart"
+    data = self.data('train')
+    if isinstance(data, StreamData):
+        batch = data.first(2)
+        if num_samples(batch) != 2: return None
+        return some_samples(batch, 0, 1), some_samples(batch, 1, 2), batch
+    i = len(data) - 1
+    if isinstance(data, TensorData) and self.num_classes is not None:
+        y = data.whole[1]
+        i = (y != y[0]).to(torch.uint8).argmax().item() or i
+    return [data.take(torch.tensor(which)) for which in ([0], [i], [0, i])]
+
+@patch
 @torch.no_grad()
 def check_mean(self: Problem):
-    "Raise where the loss of two samples (of different classes, if there are) is not the mean of their losses"
-    x, y = self.train_x, self.train_y
-    def loss(which): return self.loss_func(self.model(x[which]), y[which]).item()
-    i = (y != y[0]).to(torch.uint8).argmax().item() or len(y) - 1
-    a, b, both = loss([0]), loss([i]), loss([0, i])
-    if math.isfinite(a + b) and not math.isclose(both, (a + b)/2, rel_tol=1e-3, abs_tol=1e-6):
+    "Raise where the loss of two samples is not the mean of their losses"
+    batches = self._two_samples()
+    if batches is None: return
+    a, b, both = (self.loss(self.model, batch)[0].item() for batch in batches)
+    wa, wb = map(self.weight, batches[:2])
+    mean = (a*wa + b*wb)/(wa + wb)
+    if math.isfinite(mean) and not math.isclose(both, mean, rel_tol=1e-3, abs_tol=1e-6):
         raise ValueError(f'{self.name}: loss_func is not the mean over the samples: {both:.4g} for two '
-                         f"of {a:.4g} and {b:.4g}; use reduction='mean'")
+                         f"of {a:.4g} and {b:.4g}; use reduction='mean', or say what it divides by with batch_size_fn")
 
 # %% ../nbs/10_problems.ipynb #ff14e631
 @lru_cache(maxsize=4)
@@ -251,24 +393,51 @@ def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 @patch
 def batches(self: Problem,
     step: int,  # 0, 1, ...; this batch takes the parameters from step to step + 1
-) -> tuple:  # (x, y), batch_size training samples
+) -> tuple:  # (x, y), or another batch: batch_size training samples
     "The seeded training batch of a step: order(seed, epoch)[i·b:(i+1)·b], where step = epoch·⌊N/b⌋ + i"
-    if step < 0: raise ValueError(f'step={step}: steps count from 0')
-    n, b = len(self.train_x), self.batch_size
+    step, data, b = check_whole('step', step, 0), self.data('train'), self.batch_size
+    if isinstance(data, StreamData): return data.nth(step)
+    n = len(data)
     epoch, i = divmod(step, n//b)
-    idx = _epoch_order(n, self.seed, epoch)[i*b:(i+1)*b].to(self.device)
-    return self.train_x[idx], self.train_y[idx]
+    idx = _epoch_order(n, self.seed, epoch)[i*b:(i+1)*b]
+    return data.take(idx.to(self.device) if isinstance(data, TensorData) else idx)
 
 # %% ../nbs/10_problems.ipynb #b5be2284
+def _taken(batch, rows): return tree_map(lambda t: t[rows.to(t.device)] if isinstance(t, Tensor) else t, batch)
+
+def _wanted(batch, left):
+    "Rows of a batch that are still wanted; `left` counts what is left of each class, or of all"
+    n = num_samples(batch)
+    if n is None: raise ValueError('the number of samples of a batch is not known, so the first ones cannot be taken')
+    if isinstance(left, int): return torch.arange(min(left, n))
+    y = batch[1].cpu()
+    first = [(y == c).nonzero()[:k, 0] for c, k in enumerate(left.tolist())]
+    return torch.cat(first).sort().values
+
+def _first_samples(data, samples, num_classes, size):
+    "Batches of the first samples, or of the first of each class, as the data are gone through"
+    left = samples if num_classes is None else torch.full((num_classes,), samples//num_classes)
+    found = []
+    for batch in data.in_order(size):
+        rows = _wanted(batch, left)
+        if len(rows): found.append(_taken(batch, rows))
+        left = left-len(rows) if num_classes is None else left-batch[1].cpu()[rows].bincount(minlength=num_classes)
+        if not int(torch.as_tensor(left).sum()): return found
+    raise ValueError(f'samples={samples}, but the data end with {int(torch.as_tensor(left).sum())} of them missing')
+
 @patch
 def hessian_data(self: Problem,
     split: str,  # 'train' or 'test'
-    samples: int = 500,  # a positive multiple of num_classes
-) -> list:  # [(x, y)], one class-balanced batch in file order
-    "The first samples/C of each class of a split"
-    x, y = self.split(split)
-    idx = balanced_indices(y, samples, self.num_classes)
-    return [(x[idx], y[idx])]
+    samples: int = 500,  # at most those of the split; with classes, a multiple of num_classes
+) -> list:  # batches; of data in memory one
+    "The first samples of a split; with classes, the first samples/C of each class, in file order"
+    samples, data, C = check_whole('samples', samples, 1), self.data(split), self.num_classes
+    if not isinstance(data, TensorData):
+        if C is not None and samples % C: raise ValueError(f'samples={samples}: want a multiple of the {C} classes')
+        return _first_samples(data, samples, C, self.batch_size)
+    if C is not None: return [data.take(balanced_indices(data.whole[1], samples, C))]
+    if samples > len(data): raise ValueError(f'samples={samples}, but the {split} data are {len(data)}')
+    return [data.first(samples)]
 
 # %% ../nbs/10_problems.ipynb #9c5bc392
 MNIST_HOLDOUT = 10_000  # the last training images, set aside
@@ -301,7 +470,7 @@ def make_problem(
     dtype: torch.dtype = torch.float32,  # torch.float32 or torch.float64
 ) -> Problem:
     "A problem of the paper by name, the same for the same seed on every device"
-    if name not in PROBLEMS:
+    if not isinstance(name, str) or name not in PROBLEMS:
         raise ValueError(f'unknown problem {name!r}; known: {", ".join(PROBLEMS)}')
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f'dtype={dtype}: want torch.float32 or torch.float64')

@@ -72,8 +72,8 @@ def test_seeds(name):
     for bad in -1, 2**32:
         with pytest.raises(ValueError, match='a seed is an integer from 0'):
             make(seed=bad, device='cpu')
-    for bad in 1.5, '0', None:
-        with pytest.raises(TypeError):
+    for bad in 1.5, '0', None, True, float('nan'):
+        with pytest.raises(TypeError, match='a seed is an integer from 0'):
             make(seed=bad, device='cpu')
     with pytest.raises(TypeError):
         make(device='cpu')  # a seed is required

@@ -4,7 +4,9 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import os
+import pickle
 import shutil
 import struct
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hessian_overlap import problems as P
 from hessian_overlap.problems import (
@@ -351,6 +354,8 @@ def test_mnist_mini(dtype, device):
         (dict(device='gpu'), "device='gpu'"),
         (dict(device='cuda:99'), 'CUDA devices here'),
         (dict(device=1.5), 'device=1.5'),
+        (dict(device='meta'), "device='meta': want a device with numbers"),
+        (dict(name=['mnist_mini']), 'unknown problem'),
     ],
 )
 def test_make_problem_refuses(kw, says):
@@ -409,8 +414,8 @@ def test_batches_depend_on_seed_and_step_alone():
 @pytest.mark.parametrize(
     'samples, says',
     [
-        (0, 'positive multiple'),
-        (-10, 'positive multiple'),
+        (0, 'samples must be an integer at least 1'),
+        (-10, 'samples must be an integer at least 1'),
         (15, 'positive multiple of the 10'),
         (2010, 'needs 201 of each class, but class 0 has only 200'),
     ],
@@ -456,7 +461,19 @@ X, Y = torch.arange(10.0)[:, None], torch.arange(10) % 2
         (dict(test_y=Y - 1), ValueError, 'from -1 to 0'),
         (dict(test_y=Y + 1), ValueError, 'from 1 to 2'),
         (dict(test_y=Y[:, None]), ValueError, r'\(10, 1\)'),
-        (dict(batch_size=0), ValueError, 'batch_size=0'),
+        (dict(batch_size=0), ValueError, 'batch_size must be an integer at least 1, got 0'),
+        (dict(batch_size=2.5), TypeError, 'batch_size must be an integer at least 1, got 2.5'),
+        (dict(batch_size_fn=3), TypeError, 'batch_size_fn=3 is no function'),
+        (dict(lr='0.1'), ValueError, 'lr=0.1'),
+        (dict(num_classes=2.0), TypeError, 'num_classes must be an integer'),
+        (dict(train_x=[], train_y=None), ValueError, 'hold no batch'),
+        (dict(train_x=iter([X]), train_y=None), TypeError, 'cannot be gone through twice'),
+        (dict(train_x=3, train_y=None), TypeError, 'data must be tensors, a Dataset'),
+        (dict(train_x=[X], train_y=None), ValueError, 'need .* int64 classes from 0 to 1, got NoneType'),
+        (dict(train_x=(X, X[:4]), train_y=None, num_classes=None), ValueError, '10 inputs and 4 labels'),
+        (dict(train_x=dict(a=X, b=X[:4]), train_y=Y), ValueError, 'tensors that differ in their first dimension'),
+        (dict(loss_func=lambda out, y: out.mean(1)), ValueError, 'must give a scalar tensor, got'),
+        (dict(model='net'), TypeError, 'must be a torch.nn.Module'),
         (dict(batch_size=11), ValueError, 'batch_size=11 is not from 1 to 10'),
         (dict(lr=0.0), ValueError, 'lr=0.0'),
         (dict(lr=float('nan')), ValueError, 'lr=nan'),
@@ -464,21 +481,21 @@ X, Y = torch.arange(10.0)[:, None], torch.arange(10) % 2
         (
             dict(model=nn.Sequential(nn.Linear(1, 2), nn.Dropout())),
             ValueError,
-            r'layer 1 \(Dropout\) is in training mode',
+            r"module '1' \(Dropout\) is in training mode",
         ),
         (
             dict(model=nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2))),
             ValueError,
-            r'layer 1 \(BatchNorm1d\) is in training mode',
+            r"module '1' \(BatchNorm1d\) is in training mode",
         ),
-        (dict(model=nn.Flatten()), ValueError, 'trainable parameters of one dtype on one device, got none'),
+        (dict(model=nn.Flatten()), ValueError, 'the model has no trainable parameters'),
         (
             dict(model=nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 2).double())),
             ValueError,
             'of one dtype on one device',
         ),
         (dict(model=nn.Linear(1, 2).bfloat16()), ValueError, 'dtype torch.bfloat16'),
-        (dict(train_x=X.to('meta')), ValueError, 'are on meta and cpu, the model on cpu'),
+        (dict(train_x=X.to('meta')), ValueError, 'are on cpu and meta, the model on cpu'),
         (dict(loss_func=nn.CrossEntropyLoss(reduction='sum')), ValueError, 'not the mean over the samples'),
         (
             dict(loss_func=nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))),
@@ -514,6 +531,119 @@ def test_frozen_parameters_are_not_counted():
 def test_one_sample_of_one_class():
     p = tiny(1, 1, classes=1)
     assert len(p.hessian_data('train', 1)[0][0]) == 1
+
+
+# --- other data than tensors of classes -----------------------------------------------------------
+
+
+class Points(Dataset):
+    def __init__(self, x, y):
+        self.x, self.y, self.reads = x, y, 0
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return self.x[i], self.y[i]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(X, Y))
+
+
+def pairs(batches):
+    return [(x.flatten().tolist(), y.flatten().tolist()) for x, y in batches]
+
+
+def test_a_dataset_is_read_as_tensors_are():
+    "One batch at a time, the same samples in the same order"
+    train, test = Points(X, Y), DataLoader(Points(X, Y), batch_size=7, shuffle=True)
+    p, q = tiny(), tiny(train_x=train, train_y=None, test_x=test, test_y=None)
+    before, train.reads = torch.get_rng_state(), 0
+    assert pairs(p.batches(s) for s in (0, 5, 3)) == pairs(q.batches(s) for s in (0, 5, 3)) and train.reads == 9
+    for split, samples in itertools.product(('train', 'test'), (2, 6, 10)):
+        x, y = (torch.cat(parts) for parts in zip(*q.hessian_data(split, samples)))
+        ((a, b),) = p.hessian_data(split, samples)
+        assert torch.equal(x, a) and torch.equal(y, b)
+    with pytest.raises(ValueError, match='samples=12, but the data end with 2 of them missing'):
+        q.hessian_data('test', 12)
+    with pytest.raises(ValueError, match='a multiple of the 2 classes'):
+        q.hessian_data('test', 3)
+    assert torch.equal(torch.get_rng_state(), before) and '10 train and 10 test samples of 2 classes' in repr(q)
+
+
+@pytest.mark.parametrize(
+    'stream',
+    [
+        [(X[:4], Y[:4]), (X[4:], Y[4:])],
+        DataLoader(Stream(), batch_size=4),
+        DataLoader(Points(X, Y), batch_sampler=[[0, 1], [5]]),
+    ],
+    ids=['list', 'iterable', 'sampler'],
+)
+def test_batches_in_their_own_order(stream):
+    q, whole = tiny(train_x=stream, train_y=None, batch=4), pairs(stream)
+    wanted = [0, 1, 4, 2, 0]  # on, over the end, and back
+    assert pairs(q.batches(s) for s in wanted) == [whole[s % len(whole)] for s in wanted]
+    assert pairs(pickle.loads(pickle.dumps(q.data('train'))).nth(s) for s in (1, 0)) == [whole[1], whole[0]]
+    ((x, y),) = q.hessian_data('train', 2)
+    assert x.flatten().tolist() == [0, 1] and y.tolist() == [0, 1] and 'streamed train' in repr(q)
+
+
+def test_what_is_no_classification_takes_the_first_samples():
+    net, both = Pair().eval(), dict(a=X, b=X)
+    p = tiny(model=net, loss_func=nn.MSELoss(), train_x=both, train_y=2 * X, num_classes=None)
+    ((x, y),) = p.hessian_data('train', 3)
+    assert x['b'].flatten().tolist() == [0, 1, 2] and y.flatten().tolist() == [0, 2, 4]
+    with pytest.raises(ValueError, match='samples=11, but the train data are 10'):
+        p.hessian_data('train', 11)
+    loss = p.loss(net, (both, 2 * X))[0]
+    assert loss.item() == pytest.approx((net(**both) - 2 * X).square().mean().item(), rel=1e-6)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, a, b):
+        return self.layer(a) + b.square()
+
+
+def test_a_mean_over_tokens():
+    "A batch of sentences of different lengths: what its loss divides by is no number of samples"
+    mask = torch.arange(5)[None] < torch.tensor([1, 4, 5, 2, 3, 3, 1, 5, 2, 4])[:, None]
+    batch = dict(x=torch.rand(10, 5, generator=torch.Generator().manual_seed(0)), mask=mask)
+
+    def loss(model, b):
+        return (model(b['x'].reshape(-1, 1)).sum(1).reshape(-1, 5).square() * b['mask']).sum() / b['mask'].sum()
+
+    args = dict(loss_func=loss, num_classes=None, train_x=batch, train_y=None, test_x=batch, test_y=None)
+    with pytest.raises(ValueError, match='say what it divides by with batch_size_fn'):
+        tiny(**args)
+    assert tiny(**args, batch_size_fn=lambda b: b['mask'].sum()).weight(batch) == mask.sum()
+
+
+def test_graphs_need_to_say_their_size():
+    graphs = [((torch.rand(n, 1), torch.zeros(2, 3 * n, dtype=torch.int64)), torch.rand(n, 2)) for n in (3, 4)]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 2)
+
+        def forward(self, x, edges):
+            return self.layer(x) + edges.sum()
+
+    args = dict(model=Net().eval(), loss_func=nn.MSELoss(), num_classes=None, train_y=None, test_y=None)
+    p = tiny(**args, train_x=graphs, test_x=graphs)
+    with pytest.raises(ValueError, match='give batch_size_fn'):
+        p.weight(graphs[0])
+    with pytest.raises(ValueError, match='the number of samples of a batch is not known'):
+        p.hessian_data('train', 3)
+    assert torch.equal(p.batches(3)[0][0], graphs[1][0][0])
 
 
 # --- the full MNIST, where there is one -----------------------------------------------------------
