@@ -197,10 +197,20 @@ def _check_loss(loss):
         raise ValueError(f"loss_func must give a scalar, got shape {tuple(loss.shape)}: use reduction='mean' or 'sum'")
 
 @patch
+def _first_loss(self: CurvatureOperator, batch, theta, number):
+    "Loss and output of a batch; what goes wrong in the model or the loss is said with the batch"
+    try:
+        with torch.enable_grad(): return self._loss(theta, batch)
+    except (torch.OutOfMemoryError, NotImplementedError): raise
+    except Exception as e:
+        first_line = str(e).splitlines()[0] if str(e) else ''
+        raise ValueError(f'the model or the loss fails on batch {number}: {type(e).__name__}: {first_line}') from e
+
+@patch
 def _evaluate(self: CurvatureOperator, batch, theta, number):
     "Loss, gradient (None if it is zero) and output of a batch, and the bytes its loss saves"
     self._check_dtypes(batch)
-    with torch.enable_grad(), SavedBytes() as saved: loss, out = self._loss(theta, batch)
+    with SavedBytes() as saved: loss, out = self._first_loss(batch, theta, number)
     _check_loss(loss)
     self._check(batch, out)
     gradient = torch.autograd.grad(loss, theta, allow_unused=True)[0] if loss.requires_grad else None

@@ -430,7 +430,7 @@ def test_keeps_its_parameters_and_leaves_the_model_alone():
 
 
 TAKEN = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss  # by curvlinops 3.0.1
-NOT_TAKEN = {  # by curvlinops: for its losses of class weights and tied weights, and models that it cannot differentiate
+NOT_TAKEN = {  # by curvlinops: class weights, tied weights, and what it cannot differentiate
     'own autograd.Function',
     'lstm',
     'transformer layer',

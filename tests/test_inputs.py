@@ -4,9 +4,13 @@ A sentence is our own if the exception was raised by a line of this package, and
 """
 
 import math
+import os
+import random
 import traceback
+import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -264,7 +268,7 @@ CASES = {  # function, arguments that are right (each made anew), and the kinds 
     'magnitude_order': (ho.magnitude_order, dict(params=net), dict(scope='choice')),
     'leverage': (ho.leverage, dict(U=basis), dict(U='basis')),
     'best_order': (ho.best_order, dict(U=basis), dict(U='basis')),
-    'order_within': (ho.order_within, dict(order=order, group=lambda: torch.arange(5)), dict(order='order')),
+    'order_within': (ho.order_within, dict(order=order, group=lambda: torch.arange(n) < 5), dict(order='order')),
     'mask_overlap': (ho.mask_overlap, dict(mask=mask, U=basis), dict(mask='mask', U='basis')),
     'overlap_curve': (ho.overlap_curve, dict(order=order, U=basis), dict(order='order', U='basis', ks='ks')),
     'overlap_table': (ho.overlap_table, dict(order=order, U=basis), dict(order='order', U='basis', sizes='ks')),
@@ -386,6 +390,38 @@ def test_wrong_arguments_are_refused_by_a_sentence_of_our_own(f, right, arg, val
 def test_right_arguments_are_taken(name):
     f, right, _ = CASES[name]
     f(**{arg: made(v) for arg, v in right.items()})
+
+
+def state_of_the_process():
+    "All that a function could change for the rest of the program"
+    figures = tuple(plt.get_fignums())
+    return dict(
+        torch_generator=tuple(torch.get_rng_state().tolist()),
+        numpy_generator=str(np.random.get_state()),
+        python_generator=random.getstate(),
+        environment=dict(os.environ),
+        modes=(
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        ),
+        deterministic=(torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()),
+        filters=tuple(warnings.filters),
+        figures=figures,
+        call=nn.Module.__call__,
+        folder=os.getcwd(),
+    )
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_nothing_global_changes(name):
+    f, right, _ = CASES[name]
+    given = {arg: made(v) for arg, v in right.items()}
+    before = state_of_the_process()
+    f(**given)
+    after = state_of_the_process()
+    assert not [what for what in before if before[what] != after[what]]
 
 
 def test_there_are_many():
