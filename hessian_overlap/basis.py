@@ -287,3 +287,18 @@ def load_state_dict(self: Basis,
         self._segments[-1].copy_(seg)
     self.size, self.gram = state['size'], state['gram']
     return self
+
+@patch
+def __getstate__(self: Basis):
+    "For pickle: the columns, without the room for more; those in files as if they were in host memory"
+    used = [r.clone() for _, r in self._rows(0, self.size)]
+    lengths = [len(s) for s in self._segments]
+    where = torch.device('cpu') if isinstance(self.place, Path) else self.place
+    return self.__dict__ | dict(_segments=used, lengths=lengths, place=where)
+
+@patch
+def __setstate__(self: Basis, state):
+    lengths, used = state.pop('lengths'), state.pop('_segments')
+    self.__dict__.update(state, _segments=[])
+    for length in lengths: self._segment(length)
+    for rows, segment in zip(used, self._segments): segment[:len(rows)] = rows

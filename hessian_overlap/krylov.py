@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .basis import Basis
-from .sketch import EighResult, check_problem
+from .linop import power_of_two
+from .sketch import EighResult, check_problem, numerical_rank
 from .synthmat import column_noise
 
 # %% auto #0
@@ -68,7 +69,8 @@ def _start_counting(self: BlockLanczos):
     self.steps = 0  # block products
     self.drawn = 0  # columns of noise
     self.restarts = 0
-    self.noise = 0.  # largest asymmetry of T
+    self.unit = 1.  # T, B and what storing took are in units of it
+    self.noise = 0.  # largest asymmetry of QᵀAQ
     self.scale = 0.  # largest norm of an image
     self.rms = 0.  # norm of the image of a random direction
     self.fresh = True  # the newest block has directions that no product has suggested
@@ -92,7 +94,7 @@ def _first_block(self: BlockLanczos, start):
     if start.dim() != 2 or start.shape[0] != self.n or start.shape[1] < 1:
         raise ValueError(f'start must be ({self.n}, j) with j at least 1, got {tuple(start.shape)}')
     if not torch.isfinite(start).all(): raise ValueError('start has entries that are not finite')
-    U = start.to(self.A.device, self.A.dtype)
+    U = start.detach().to(self.A.device, self.A.dtype)
     j = U.shape[1]
     if j <= b: return torch.cat([U, self._draw(b-j)], 1)
     return U @ column_noise(j, range(b), seed=self.seed, kind='gauss', dtype=self.A.dtype, device=self.A.device)
@@ -131,6 +133,16 @@ def _orthonormal(self: BlockLanczos, W, tiny=0.):
 
 # %% ../nbs/21_krylov.ipynb #2696a49a
 @patch
+def _image(self: BlockLanczos, lo, hi):
+    "The image of columns lo..hi in the state's unit, which follows from the first image that is not zero"
+    if self.A is None: raise ValueError('a state that was pickled has no operator: go on by giving it as start=')
+    W = self.A @ self.basis.columns(lo, hi)
+    self.matvecs += hi-lo
+    self.steps += 1
+    if self.scale == 0: self.unit = power_of_two(W)
+    return W/self.unit
+
+@patch
 def _check_image(self: BlockLanczos, W, C, lo, hi):
     "Raises if the image W of columns lo..hi is not finite or contradicts symmetry; C is QᵀW"
     bad = ~torch.isfinite(W).all(0)
@@ -139,9 +151,10 @@ def _check_image(self: BlockLanczos, W, C, lo, hi):
         matvec = self.matvecs-(hi-lo)+j+1
         raise FloatingPointError(f'A @ V is not finite in column {j} of block {self.steps} (matvec {matvec})')
     norms = W.norm(dim=0)
-    self.scale = max(self.scale, norms.max().item())
-    if self.steps == 1: self.rms = norms.square().mean().sqrt().item()
-    off = torch.cat([C[:lo]-self._T[:lo, lo:hi], (C[lo:]-C[lo:].T)/2]).norm(dim=0).max().item()
+    self.scale = max(self.scale, norms.max().item()*self.unit)
+    if self.steps == 1: self.rms = norms.square().mean().sqrt().item()*self.unit
+    asymmetry = torch.cat([C[:lo]-self._T[:lo, lo:hi], (C[lo:]-C[lo:].T)/2])
+    off = asymmetry.norm(dim=0).max().item()*self.unit
     self.noise = max(self.noise, off)
     tolerance = max(1e-3, 1e3*torch.finfo(self.A.dtype).eps)
     if self.basis.lossy: tolerance = max(tolerance, 8*torch.finfo(self.basis.store_dtype).eps)
@@ -149,15 +162,19 @@ def _check_image(self: BlockLanczos, W, C, lo, hi):
         differ = f'<u, Av> and <Au, v> differ by {off/self.scale:.1e} of its norm'
         raise ValueError(f'the operator is not symmetric: {differ}')
 
+@patch(as_prop=True)
+def rounding(self: BlockLanczos) -> float:  # in units of λ
+    "What products and their rounding leave uncertain: four units in the last place of ‖A‖, or its asymmetry"
+    noise = 0. if self.basis.lossy else self.noise  # of a rounded basis, asymmetry is rounding that T knows of
+    return max(noise, 4*torch.finfo(self.basis.dtype).eps*self.scale)
+
 # %% ../nbs/21_krylov.ipynb #fa53fd59
 @patch
 def step(self: BlockLanczos):
     "One block of products: extends T to the newest block, and the basis by the next one"
     lo, hi = self.size-self.newest, self.size
     if lo == hi: raise ValueError(f'the basis already spans all {self.n} dimensions')
-    W = self.A @ self.basis.columns(lo, hi)
-    self.matvecs += hi-lo
-    self.steps += 1
+    W = self._image(lo, hi)
     rest, C = self.basis.project_out(W, near=max(0, lo-self.block_size))
     self._check_image(W, C, lo, hi)
     C[lo:] = (C[lo:]+C[lo:].T)/2
@@ -165,7 +182,7 @@ def step(self: BlockLanczos):
     self._T[lo:hi, :hi] = C.T
     del W
     limits = torch.finfo(self.A.dtype)
-    X = self._orthonormal(rest, tiny=10*limits.eps*max(self.scale, limits.tiny))
+    X = self._orthonormal(rest, tiny=10*limits.eps*max(self.scale/self.unit, limits.tiny))
     B = X.T @ rest
     stored = self._append(X)
     self._slack = torch.cat([self._slack, ((X-stored) @ B).norm(dim=0).double().cpu()])
@@ -176,10 +193,8 @@ def step(self: BlockLanczos):
 
 # %% ../nbs/21_krylov.ipynb #6dcd81d1
 @patch
-def ritz(self: BlockLanczos,
-    columns: int | None = None,  # as the state was when it had so many columns multiplied; None: now
-) -> tuple[Tensor, Tensor, Tensor]:  # (m,) values ascending, (m, m) vectors in the basis, (m,) residuals; float64, CPU
-    "Ritz values, their vectors' coefficients, and residual norms ‖B f_last‖"
+def _ritz(self: BlockLanczos, columns=None):
+    "As `ritz`, in the state's unit"
     multiplied = self.size-self.newest
     m = multiplied if columns is None else columns
     if not 1 <= m <= multiplied: raise ValueError(f'columns must be between 1 and {multiplied}, got {columns}')
@@ -193,11 +208,24 @@ def ritz(self: BlockLanczos,
     return theta, F, (coupling @ F).norm(dim=0)
 
 @patch
+def ritz(self: BlockLanczos,
+    columns: int | None = None,  # as the state was when it had so many columns multiplied; None: now
+) -> tuple[Tensor, Tensor, Tensor]:  # (m,) values ascending, (m, m) vectors in the basis, (m,) residuals; float64, CPU
+    "Ritz values, their vectors' coefficients, and residual norms ‖B f_last‖"
+    theta, F, res = self._ritz(columns)
+    return theta*self.unit, F, res*self.unit
+
+@patch
 def _unseen(self: BlockLanczos, F):
     "What noise in A and the rounding of the stored basis add to the residuals of QF: (columns of F,)"
     rounding = self._slack.square() @ F.square()
-    if self.basis.lossy: return rounding.sqrt()  # what looks like noise in A is rounding
-    return (self.noise**2 + rounding).sqrt()
+    noise = 0. if self.basis.lossy else self.noise/self.unit  # what looks like noise in A is rounding there
+    return (noise**2 + rounding).sqrt()*self.unit
+
+@patch
+def _residuals(self: BlockLanczos, F, res):
+    "Residual norms with what is unseen of QF"
+    return ((res/self.unit).square()+(self._unseen(F)/self.unit).square()).sqrt()*self.unit
 
 # %% ../nbs/21_krylov.ipynb #2d0f345a
 def _wanted(theta, k, which):
@@ -222,14 +250,14 @@ def restart(self: BlockLanczos,
     "The basis shrinks to `keep` Ritz vectors and the newest block (thick restart, Wu and Simon 2000)"
     m, b = self.size-self.newest, self.newest
     if not 1 <= keep <= m: raise ValueError(f'keep must be between 1 and {m}, got {keep}')
-    theta, F, _ = self.ritz()
+    theta, F, _ = self._ritz()
     kept = _wanted(theta, keep, which)
     theta, F = theta[kept], F[:, kept]
     coupling = self._T[m:self.size, :m] @ F
     self._slack = (self._slack.square() @ F.square()).sqrt()
     if self.basis.lossy:  # rounded once more
         rounding = torch.finfo(self.basis.store_dtype).eps/2
-        self._slack = (self._slack**2 + (theta**2+self.rms**2)*rounding**2).sqrt()
+        self._slack = (self._slack**2 + (theta**2+(self.rms/self.unit)**2)*rounding**2).sqrt()
     self.basis.rotate(torch.block_diag(F, torch.eye(b, dtype=torch.float64)))
     T = torch.zeros_like(self._T)
     T[:keep, :keep] = theta.diag()
@@ -292,11 +320,13 @@ def quadrature(self: BlockLanczos,
 ) -> tuple[Tensor, Tensor]:  # (m,) nodes ascending, (m, block_size) weights, a column a probe; each column adds up to 1
     "Gauss quadrature, zᵀ f(A) z / n ≈ Σ weights · f(nodes) for each random-sign probe z (Golub and Welsch 1969)"
     theta, F, _ = self.ritz()
-    return theta, self._weights(F).square()/self.n
+    return theta, self.probe_weights(F).square()/self.n
 
 @patch
-def _weights(self: BlockLanczos, F):
-    "Components of the probes along the columns of QF: (columns of F, block_size)"
+def probe_weights(self: BlockLanczos,
+    F: Tensor,  # (m, j) float64 coefficients in the first m columns of the basis, m at least block_size
+) -> Tensor:  # (j, block_size) float64 on the CPU
+    "Components of the random-sign probes along the columns of QF"
     if self._probes is None:
         raise ValueError('quadrature needs a state that started from random signs and was never restarted')
     return F[:len(self._probes)].T @ self._probes
@@ -305,21 +335,27 @@ def _weights(self: BlockLanczos, F):
 @patch
 def _result(self: BlockLanczos, theta, F, res, w, converged, U, **info):
     "The pairs at positions w as an EighResult"
-    total = (res.square()+self._unseen(F).square()).sqrt()
-    d = dict(method='eigsh', matvecs=self.matvecs, converged=converged, residual_norms=total[w],
+    total = self._residuals(F, res)
+    which = info.get('which', 'LM')
+    rank = numerical_rank(theta, w, self.rounding, which)
+    if converged: converged = rank == len(w)
+    d = dict(method='eigsh', matvecs=self.matvecs, converged=converged, rank=rank, residual_norms=total[w],
              next_eigval=None, next_residual=None, noise=self.noise, block_size=self.block_size,
              passes=self.steps, restarts=self.restarts, seed=self.seed)
     others = _unwanted(theta, w)
     if len(others):  # the first that was not asked for
-        j = others[_wanted(theta[others], 1, info.get('which', 'LM'))[0]]
+        j = others[_wanted(theta[others], 1, which)[0]]
         d |= dict(next_eigval=theta[j].item(), next_residual=total[j].item())
-    return EighResult(theta[w].to(self.A.dtype).to(self.A.device), U, d | info)
+    return EighResult(theta[w].to(self.basis.dtype).to(self.basis.device), U, d | info)
 
 # %% ../nbs/21_krylov.ipynb #e9c35006
-_KEPT = ('block_size', 'seed', 'matvecs', 'steps', 'drawn', 'restarts', 'noise', 'scale', 'rms', 'fresh', 'newest',
-         'B', '_T', '_slack', '_probes')
+_KEPT = ('block_size', 'seed', 'matvecs', 'steps', 'drawn', 'restarts', 'unit', 'noise', 'scale', 'rms', 'fresh',
+         'newest', 'B', '_T', '_slack', '_probes')
 
-def write_state(path, **state):
+def write_state(
+    path: str | Path,  # of the file; its folder exists
+    **state,  # tensors, numbers, and lists and dicts of them
+):
     "A file of tensors and numbers, replaced in one moment"
     path = Path(path)
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
@@ -334,6 +370,23 @@ def save(self: BlockLanczos,
     kept = {name: getattr(self, name) for name in _KEPT}
     write_state(path, kind='BlockLanczos', basis=self.basis.state_dict(), n=self.n, **kept)
 
+@patch
+def __getstate__(self: BlockLanczos): return {name: getattr(self, name) for name in (*_KEPT, 'n', 'basis')}
+
+@patch
+def __setstate__(self: BlockLanczos, state):
+    self.__dict__.update(state, A=None, source=None)
+
+@patch
+def _adopt(self: BlockLanczos, A):
+    "Go on with A, which has the size and dtype of the state's operator"
+    op, n = check_problem(A, 1)
+    if (n, op.dtype) != (self.n, self.basis.dtype):
+        saved = f'a {self.basis.dtype} operator of size {self.n}'
+        raise ValueError(f'the state is of {saved}, A is {op.dtype} of size {n}')
+    if op.device != self.basis.device: raise ValueError(f'the state is on {self.basis.device}, A on {op.device}')
+    self.source, self.A = A, op
+
 # %% ../nbs/21_krylov.ipynb #8ad1cbf3
 @patch(cls_method=True)
 def load(cls: BlockLanczos,
@@ -346,16 +399,15 @@ def load(cls: BlockLanczos,
     d = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     if d.get('kind') != 'BlockLanczos': raise ValueError(f'{Path(path).name} holds no BlockLanczos state')
     self = cls.__new__(cls)
-    self.source = A
-    self.A, self.n = check_problem(A, 1)
+    op, n = check_problem(A, 1)
     b = d['basis']
-    if (b['n'], b['dtype']) != (self.n, str(self.A.dtype)):
-        saved = f"a {b['dtype']} operator of size {b['n']}"
-        raise ValueError(f'the state is of {saved}, A is {self.A.dtype} of size {self.n}')
+    if (b['n'], b['dtype']) != (n, str(op.dtype)):
+        raise ValueError(f"the state is of a {b['dtype']} operator of size {b['n']}, A is {op.dtype} of size {n}")
     store = getattr(torch, b['store_dtype'].removeprefix('torch.'))
-    basis = Basis(self.n, self.A.dtype, self.A.device, store_dtype=store, place=basis_place)
-    self.basis = basis.load_state_dict(b)
-    for name in _KEPT: setattr(self, name, d[name])
+    basis = Basis(n, op.dtype, op.device, store_dtype=store, place=basis_place)
+    self.n, self.basis = n, basis.load_state_dict(b)
+    for name in _KEPT: setattr(self, name, d.get(name, 1.))  # files from before there were units lack it
+    self._adopt(A)
     return self
 
 # %% ../nbs/21_krylov.ipynb #b9e9fe5c
@@ -376,7 +428,7 @@ def _overlap_bound(theta, res, w, which, rows):
     "Bounds on the errors of the overlap of `rows` parameters with the wanted Ritz space, and of the wanted values"
     gap = _gaps(theta, res, w, which)
     x = torch.where(gap > 0, res[w]/gap.clamp(min=1e-300), math.inf).clamp(max=1)
-    room = torch.where(x < 1, res[w]**2/gap.clamp(min=1e-300), math.inf)
+    room = torch.where(x < 1, res[w]*(res[w]/gap.clamp(min=1e-300)), math.inf)
     return x.sum().item()/min(rows, len(w)), room
 
 # %% ../nbs/21_krylov.ipynb #756a6b78
@@ -429,8 +481,7 @@ def _read_overlap(self: _Stopping, state):
     "The overlap and a bound on its error; 1 if a value moved by more than the residuals allowed: something was missed"
     theta, F, res, w = self.pairs
     self.history.append((state.matvecs, state._overlap(self.idx, F[:, w])))
-    total = (res.square()+state._unseen(F).square()).sqrt()
-    bound, room = _overlap_bound(theta, total, w, self.which, len(self.idx))
+    bound, room = _overlap_bound(theta, state._residuals(F, res), w, self.which, len(self.idx))
     moved = True
     if self.before is not None:
         values, allowed = self.before
@@ -467,21 +518,24 @@ def _steps_to_wait(self: _Stopping, state):
     return min(wait, max(1, math.ceil(.05*self.k/state.block_size)))
 
 # %% ../nbs/21_krylov.ipynb #72d24e60
+_TIMED = 8, 8, 40  # columns of the products that are timed; the first is a warm-up
+
 def _best_block(k, overhead, slope):
     "Least time of (1.7 k + 8 b)/b · (overhead + slope b), between 4 and 64"
     return min(64, max(4, round(math.sqrt(1.7*k*max(overhead, 0)/(8*slope)))))
 
-def _auto_block(A, k, n, seed):
-    "The best block from two timed products, and the matvecs spent on them"
-    narrow, wide = min(8, n), min(40, n)
+def _auto_block(A, k, max_matvecs, seed):
+    "The best block from timed products, and the matvecs spent on them; none where they are not worth it"
+    n, (_, narrow, wide) = A.shape[0], _TIMED
+    if min(n, max_matvecs or 10*k+400) < 5*sum(_TIMED): return None, 0
     V = column_noise(n, range(wide), seed=seed, dtype=A.dtype, device=A.device)
     seconds = []
-    for m in (narrow, narrow, wide):  # the first is a warm-up
+    for m in _TIMED:
         begin = time.perf_counter()
         (A @ V[:, :m]).sum().item()  # waits for the device
         seconds.append(time.perf_counter()-begin)
-    slope = max((seconds[2]-seconds[1])/max(1, wide-narrow), 1e-3*seconds[2]/wide)
-    return min(n, _best_block(k, seconds[1]-slope*narrow, slope)), 2*narrow+wide
+    slope = max((seconds[2]-seconds[1])/(wide-narrow), 1e-3*seconds[2]/wide)
+    return _best_block(k, seconds[1]-slope*narrow, slope), sum(_TIMED)
 
 # %% ../nbs/21_krylov.ipynb #4f659812
 def _check_stop(which, tol, tol_overlap, mask):
@@ -530,12 +584,19 @@ def _grow(state, stop, k, limit, room, keep, progress):
     return stop.done if stop.at == state.steps else stop(state)
 
 # %% ../nbs/21_krylov.ipynb #e956ea87
-def resume_state(start, A, op, k=1, max_basis=None):
+def resume_state(
+    start,  # a BlockLanczos, or an EighResult that holds one; anything else holds none
+    A,  # the operator as it was given
+    op,  # the same as a LinearOperator
+    k: int = 1,  # eigenpairs that are wanted
+    max_basis: int | None = None,  # limit on the columns of the basis; None: no limit
+) -> BlockLanczos | None:  # None: there is none, or the result's is of another operator
     "The state to go on with, if `start` is one or holds one of the same operator"
     if isinstance(start, BlockLanczos): state = start
     elif isinstance(start, EighResult): state = start.info.get('state')
     else: state = None
     if state is None: return None
+    if state.A is None: state._adopt(A)
     if state.source is not A and state.A is not op:
         if state is not start: return None
         raise ValueError('the state was grown with another operator: '
@@ -568,6 +629,13 @@ def _warn_unconverged(state, stop):
     warnings.warn(f'eigsh used {state.matvecs} matvecs and has not converged: {far}; go on with start=result, '
                   'or raise max_matvecs or tol', RuntimeWarning, stacklevel=3)
 
+def _warn_rank(result, rounding):
+    "A warning that some of the pairs are rounding, to whoever called eigsh"
+    rank, k = result.info['rank'], len(result.eigvals)
+    beyond = f'the other {k-rank} of {k} eigenvectors are any of its null space, an overlap with them is arbitrary'
+    warnings.warn(f'A has {rank} leading eigenvalues above the rounding of its products, {rounding:.1e}: {beyond}',
+                  RuntimeWarning, stacklevel=3)
+
 # %% ../nbs/21_krylov.ipynb #33c1a6dc
 def eigsh(
     A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
@@ -586,14 +654,15 @@ def eigsh(
     keep_state: bool = False,  # keep the basis in info['state'] though converged; it is always kept if not, or if given
     seed: int,  # of the first block
     progress: bool = False,  # a tqdm bar over products
-) -> EighResult:  # k eigenpairs, most wanted first; info['converged']: all residuals, or the overlap, met the tolerance
+) -> EighResult:  # k eigenpairs, most wanted first; info: converged; rank, the number of pairs above rounding; ...
     "Leading eigenpairs by block Lanczos, full reorthogonalisation and Rayleigh-Ritz; arguments as in SciPy's eigsh"
     began = time.perf_counter()
     op, n = check_problem(A, k)
     state = resume_state(start, A, op, k, max_basis)
     spent, resumed = 0, state.matvecs if state else 0
-    if block_size == 'auto': block_size, spent = (state.block_size, 0) if state else _auto_block(op, k, n, seed)
     _check_stop(which, tol, tol_overlap, mask)
+    if block_size == 'auto':
+        block_size, spent = (state.block_size, 0) if state else _auto_block(op, k, max_matvecs, seed)
     b, limit, room, keep = _check_sizes(k, n, block_size, max_matvecs, max_basis)
     stop = _Stopping(k, which, tol, torch.finfo(op.dtype).eps, tol_overlap, None if mask is None else _indices(mask, n))
     vectors = start.eigvecs if isinstance(start, EighResult) else start
@@ -606,5 +675,7 @@ def eigsh(
     U, more = _finish(state, stop, bool(reason) and not keep_state and not resumed)
     if not reason: _warn_unconverged(state, stop)
     if vectors is not None: more['start_overlap'] = _captured(start, U)
-    return state._result(*stop.pairs, bool(reason), U, which=which, tol=tol, stopped_by=reason or 'max_matvecs',
-                         resumed=resumed, seconds=time.perf_counter()-began, **more)
+    result = state._result(*stop.pairs, bool(reason), U, which=which, tol=tol, stopped_by=reason or 'max_matvecs',
+                           resumed=resumed, seconds=time.perf_counter()-began, **more)
+    if reason and result.info['rank'] < k: _warn_rank(result, state.rounding)
+    return result

@@ -54,7 +54,7 @@ def ritz_quadrature(
 ) -> tuple:  # (m,) nodes ascending, (m, m) coefficients, (m, p) weights W, (m,) bool: an eigenpair; on the CPU
     "Quadrature of the probes' spectral measures: Ritz values, and what each is to each probe"
     theta, F, residuals = state.ritz(columns)
-    W = state._weights(F)
+    W = state.probe_weights(F)
     return theta, F, W, _is_eigenpair(theta, residuals, W)
 
 def node_counts(
@@ -140,6 +140,7 @@ def density(self: SpectralDensity,
 ) -> Tensor:  # (g,) float64, per unit of λ; its integral is 1
     "Density of eigenvalues, smoothed"
     width = width or self.width
+    if not width > 0: raise ValueError(f'width must be positive, got {width}: all nodes may be the same, then give one')
     G = torch.exp(-((x.double()[:, None]-self.nodes)/width)**2/2)/(width*math.sqrt(2*math.pi))
     return G @ self.counts.mean(1)/self.counts.mean(1).sum()
 
@@ -184,7 +185,7 @@ def _cut_vectors(state, columns, ks):
     f, rest = cut_weights(theta, node_counts(W, exact), ks), ~exact
     sampled = torch.einsum('cj,jk,ji->cki', F[:, rest], f[rest].sqrt(), W[rest]).flatten(1)
     N = torch.einsum('ji,jk,jl->kil', W[rest], f[rest], W[rest])
-    place = dict(device=state.A.device, dtype=state.A.dtype)
+    place = dict(device=state.basis.device, dtype=state.basis.dtype)
     return F[:, exact].to(**place), f[exact], sampled.to(**place), N
 
 # %% ../nbs/23_quadrature.ipynb #f11285d6
@@ -199,7 +200,7 @@ def _products(Y, cell, size):
 
 def _sums(state, exact, sampled, p, places, sizes, labels):
     "Of each ordering: squares (M, G, E), mean squares (M, G, K) and products (M, K, p, p) of its first m parameters"
-    M, G, K, device = len(sizes), int(labels.max())+1, sampled.shape[1]//p, state.A.device
+    M, G, K, device = len(sizes), int(labels.max())+1, sampled.shape[1]//p, state.basis.device
     zeros = lambda *shape: torch.zeros(M+1, *shape, dtype=torch.float64, device=device)
     out = [(zeros(G, exact.shape[1]), zeros(G, K), zeros(K, p, p)) for _ in places]
     for lo, P in state.basis.strips(len(exact)):
@@ -251,11 +252,13 @@ def resolved_count(
     W: Tensor,  # (m, p) their probe weights
     exact: Tensor,  # (m,) bool: the node is an eigenvalue
     block: int,  # columns of a block
+    rounding: float = 0.,  # magnitude up to which a node may be zero
 ) -> float:  # between 0 and n
-    "Number of eigenvalues up to the last node that is resolved"
+    "Number of eigenvalues up to the last node that is resolved and above rounding"
     order, total = order_nodes(theta, W, exact)
     leading = int(exact[order].long().cumprod(0).sum())  # eigenvalues with nothing else before them
-    last = max(len(order)-math.ceil(1.5*block), leading)
+    above = int((theta.abs() > rounding).sum())
+    last = min(max(len(order)-math.ceil(1.5*block), leading), above)
     return total[last-1].item() if last > 0 else 0.
 
 # %% ../nbs/23_quadrature.ipynb #3171250b
@@ -264,7 +267,7 @@ def resolved(
 ) -> float:  # between 0 and n
     "The largest k to cut at: 1.5 blocks of nodes lie between the cut and zero, or all before it are eigenvalues"
     theta, _, W, exact = ritz_quadrature(state)
-    return resolved_count(theta, W, exact, state.block_size)
+    return resolved_count(theta, W, exact, state.block_size, state.rounding)
 
 def cut_nodes(
     state: BlockLanczos,  # info['state'] of overlap_slq
@@ -396,12 +399,8 @@ def is_trusted(
     state,  # BlockLanczos or ShortLanczos: for what rounding does to A
 ) -> Tensor:  # (K,) bool
     "Whether each estimate is resolved: the cut is, the steps agree, and the cut is above what rounding does to A"
-    basis = getattr(state, 'basis', None)
-    # if the basis is rounded, so is its asymmetry, of which Rayleigh and Ritz know
-    noise = 0. if basis is not None and basis.lossy else state.noise
-    floor = max(noise, 4*torch.finfo(state.A.dtype).eps*state.scale)
     agree = e['resolution'] <= torch.maximum(3*e['stderr'], .05*torch.maximum(e['overlap'], ks/state.n))
-    return agree & (ks <= limit) & (tau.abs() >= floor)
+    return agree & (ks <= limit) & (tau.abs() > state.rounding)
 
 # %% ../nbs/23_quadrature.ipynb #d34e159f
 def warn_unresolved(
