@@ -121,6 +121,8 @@ def _orthonormal(self: BlockLanczos, W, tiny=0.):
     rotation, spread, _ = torch.linalg.svd(R)  # QR alone may hide a good direction behind a lost one
     good = int((spread[:room] > tiny).sum())
     if good < W.shape[1]: X = X @ rotation[:, :good]
+    if self.size and good and spread[good-1] < 1e-2*spread[0]:  # the rounding of long columns is large in short ones
+        X = torch.linalg.qr(self.basis.project_out(X)[0]).Q
     self.fresh = self.size == 0 or good < room
     while X.shape[1] < room:
         Z = self._draw(room - X.shape[1])
@@ -164,9 +166,11 @@ def _check_image(self: BlockLanczos, W, C, lo, hi):
 
 @patch(as_prop=True)
 def rounding(self: BlockLanczos) -> float:  # in units of λ
-    "What products and their rounding leave uncertain: four units in the last place of ‖A‖, or its asymmetry"
-    noise = 0. if self.basis.lossy else self.noise  # of a rounded basis, asymmetry is rounding that T knows of
-    return max(noise, 4*torch.finfo(self.basis.dtype).eps*self.scale)
+    "What eigenvalues are uncertain by: four units in the last place of ‖A‖, or its asymmetry; and what storing adds"
+    eps = torch.finfo(self.basis.dtype).eps
+    if not self.basis.lossy: return max(self.noise, 4*eps*self.scale)
+    store = torch.finfo(self.basis.store_dtype).eps  # T knows of it; what is left is its square
+    return max(4*eps*self.scale, store**2/2*self.rms)
 
 # %% ../nbs/21_krylov.ipynb #fa53fd59
 @patch
