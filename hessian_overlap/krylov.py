@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from .basis import Basis
 from .linop import power_of_two
+from .noise import column_noise
 from .sketch import EighResult, check_problem, numerical_rank
-from .synthmat import column_noise
 
 # %% auto #0
 __all__ = ['BlockLanczos', 'write_state', 'resume_state', 'eigsh']

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .krylov import write_state
 from .linop import power_of_two
+from .noise import column_noise
 from hessian_overlap.quadrature import (
     OverlapEstimate,
     check_slq,
@@ -29,7 +30,6 @@ from hessian_overlap.quadrature import (
     warn_unresolved,
 )
 from .sketch import check_problem
-from .synthmat import column_noise
 
 # %% auto #0
 __all__ = ['STRIP', 'tsqr_', 'ShortLanczos', 'overlap_slq_masked']

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hessian_overlap.curvature import HessianLinearOperator
 from hessian_overlap.ggn import EFLinearOperator, GGNLinearOperator
+from hessian_overlap.noise import column_noise
 from hessian_overlap.problems import mnist_mlp
-from hessian_overlap.synthmat import column_noise
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
 f64 = torch.float64
