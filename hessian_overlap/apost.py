@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .krylov import BlockLanczos
+from .checks import check_ks, check_order, check_whole
+from .krylov import BlockLanczos, check_share
 from .linop import aslinearoperator, power_of_two
-from .noise import STREAM, column_noise
+from .noise import column_noise, stream_seed
 from .sketch import EighResult, SVDResult, numerical_rank, operator_images
 
 # %% auto #0
@@ -28,6 +29,7 @@ def _check_result(A, result):
         raise TypeError(f'a result of eigsh, seigh or ssvd is expected, got {type(result).__name__}')
     if isinstance(result, EighResult): m = n = len(result.eigvecs)
     else: m, n = result.U.shape[0], result.Vh.shape[1]
+    if not len(result[1]): raise ValueError('the result has no columns')
     if A.shape != (m, n):
         raise ValueError(f'the result is of a {m} x {n} operator, A is {A.shape[0]} x {A.shape[1]}')
     if (A.dtype, A.device) != (result[0].dtype, result[0].device):
@@ -78,9 +80,8 @@ def apost_bounds(
 ) -> tuple[float, float]:  # (low, high), factors below and above 1: the error is within low and high times its estimate
     "Bounds for the Frobenius error over its estimate, x e^{1-x} = α^{2/q} (Tropp et al. 2019, section 6.3)"
     from scipy.special import lambertw
-    if isinstance(num_meas, bool) or not isinstance(num_meas, int) or num_meas < 1:
-        raise ValueError(f'num_meas must be an integer, at least 1, got {num_meas!r}')
-    if not 0 < confidence < 1: raise ValueError(f'confidence must be between 0 and 1, got {confidence}')
+    num_meas = check_whole('num_meas', num_meas, 1)
+    check_share('confidence', confidence)
     y = -((1-confidence)/2)**(2/num_meas)/math.e
     few, many = (-lambertw(y, branch).real for branch in (0, -1))  # err² over its mean is rarely outside
     return float(many**-.5), float(few**-.5)
@@ -117,7 +118,8 @@ def apost_error(
     A = _check_result(A, result)
     low, high = apost_bounds(num_meas, confidence)
     left, values, right = _factors(result)
-    def draw(c): return column_noise(A.shape[1], c, seed=seed+3*STREAM, kind='gauss', dtype=A.dtype, device=A.device)
+    seed3 = stream_seed(seed, 3)
+    def draw(c): return column_noise(A.shape[1], c, seed=seed3, kind='gauss', dtype=A.dtype, device=A.device)
     missed, unit = 0., power_of_two(values)
     total = (values/unit).double().square().sum().item()  # squares are in units of unit²
     for c, Y in operator_images(A, draw, range(num_meas), progress):
@@ -185,22 +187,13 @@ def _check_mask(mask, ks, n, K):
     if ks is not None and torch.as_tensor(ks).tolist() != [mask.k]:
         raise ValueError(f'a mask of {mask.k} parameters has the dimension k = {mask.k}, got ks = {ks}')
 
-def _check_order(order, n):
-    "Raises if it is no ordering of n parameters"
-    if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.dim() != 1:
-        raise TypeError('an ordering is an int64 tensor of parameter indices, most important first; or give a Mask')
-    if len(order) != n or (order.bincount(minlength=n) != 1).any():
-        raise ValueError(f'an ordering must hold each of the {n} parameter indices once, got {len(order)} entries')
-
 def _check_masks(order, ks, n, K):
     "Rows of the largest mask in their order, the dimensions ks, and whether there is one mask only"
     if _is_mask(order):
         _check_mask(order, ks, n, K)
         return order.indices, torch.tensor([order.k]), True
-    _check_order(order, n)
-    ks = torch.arange(1, K+1) if ks is None else torch.as_tensor(ks)
-    if ks.dim() != 1 or not len(ks) or ks[0] < 1 or ks[-1] > K or (ks.diff() <= 0).any():
-        raise ValueError(f'ks must ascend between 1 and k = {K}')
+    check_order(order, n)
+    ks = torch.arange(1, K+1) if ks is None else check_ks(ks, K, limit='k')
     return order[:K], ks, False
 
 # %% ../nbs/22_apost.ipynb #c04c7636

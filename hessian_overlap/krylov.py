@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .basis import Basis
+from .checks import check_seed, check_whole
+from .files import write_atomic
 from .linop import power_of_two
 from .noise import column_noise
 from .sketch import EighResult, check_problem, numerical_rank
 
 # %% auto #0
-__all__ = ['BlockLanczos', 'write_state', 'resume_state', 'eigsh']
+__all__ = ['BlockLanczos', 'write_state', 'check_share', 'resume_state', 'eigsh']
 
 # %% ../nbs/21_krylov.ipynb #49dbf9f8
 class BlockLanczos:
@@ -40,13 +42,11 @@ class BlockLanczos:
     ):
         self.source = A
         self.A, self.n = check_problem(A, 1)
-        if not 1 <= block_size <= self.n:
-            raise ValueError(f'block_size must be between 1 and n = {self.n}, got {block_size}')
-        self.block_size = block_size
+        self.block_size = check_whole('block_size', block_size, 1, self.n)
         self.seed = seed
-        first = min(self.n, first or 8*block_size)
+        first = min(self.n, first or 8*self.block_size)
         self.basis = Basis(self.n, self.A.dtype, self.A.device, store_dtype=basis_dtype, place=basis_place,
-                           first=first, more=max(block_size, first//8))
+                           first=first, more=max(self.block_size, first//8))
         self._start_counting()
         Z = self._first_block(start)
         self._append(self._orthonormal(Z))
@@ -91,6 +91,9 @@ def _first_block(self: BlockLanczos, start):
     "Random signs, or random mixtures of the columns of `start`, filled up with random signs where they are too few"
     b = self.block_size
     if start is None: return self._draw(b)
+    if not isinstance(start, Tensor) or not start.is_floating_point():
+        got = start.dtype if isinstance(start, Tensor) else type(start).__name__
+        raise TypeError(f'start must be a tensor of real floating point, a result or a state, got {got}')
     if start.dim() != 2 or start.shape[0] != self.n or start.shape[1] < 1:
         raise ValueError(f'start must be ({self.n}, j) with j at least 1, got {tuple(start.shape)}')
     if not torch.isfinite(start).all(): raise ValueError('start has entries that are not finite')
@@ -361,10 +364,7 @@ def write_state(
     **state,  # tensors, numbers, and lists and dicts of them
 ):
     "A file of tensors and numbers, replaced in one moment"
-    path = Path(path)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    torch.save(state, part)
-    os.replace(part, path)
+    write_atomic(path, lambda f: torch.save(state, f))
 
 @patch
 def save(self: BlockLanczos,
@@ -542,19 +542,29 @@ def _auto_block(A, k, max_matvecs, seed):
     return _best_block(k, seconds[1]-slope*narrow, slope), sum(_TIMED)
 
 # %% ../nbs/21_krylov.ipynb #4f659812
+def check_share(
+    name: str,  # what it is called
+    value: float,  # in (0, 1)
+    zero: bool = False,  # whether it may be 0, too
+):
+    "Raises unless it is a number between 0 and 1"
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f'{name} must be a number between 0 and 1, got {value!r}')
+    if 0 < value < 1 or (zero and value == 0): return
+    least = 'at least 0 and below 1' if zero else 'between 0 and 1'
+    raise ValueError(f'{name} must be {least}, got {value}')
+
 def _check_stop(which, tol, tol_overlap, mask):
     "Raises where the arguments do not say when to stop"
     if which not in ('LM', 'LA', 'SA', 'BE'): raise ValueError(f"which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
-    if not 0 <= tol < 1: raise ValueError(f'tol must be at least 0 and below 1, got {tol}')
+    check_share('tol', tol, zero=True)
     if tol_overlap is None: return
-    if not 0 < tol_overlap < 1: raise ValueError(f'tol_overlap must be between 0 and 1, got {tol_overlap}')
+    check_share('tol_overlap', tol_overlap)
     if mask is None: raise ValueError('tol_overlap needs mask: the parameters whose overlap is to converge')
 
 def _check_sizes(k, n, block_size, max_matvecs, max_basis):
     "Block size, limit on products, limit on columns and Ritz vectors to keep, with defaults filled in"
-    b = min(10, n) if block_size is None else block_size
-    if isinstance(b, str) or not 1 <= b <= n:
-        raise ValueError(f"block_size must be 'auto' or between 1 and n = {n}, got {b!r}")
+    b = min(10, n) if block_size is None else check_whole("block_size, if not 'auto',", block_size, 1, n)
     restarts = max_basis is not None and max_basis < n
     if restarts and max_basis < k+6:
         better = f'give at least k + 6 = {k+6}, better 1.5 k'
@@ -665,6 +675,9 @@ def eigsh(
     state = resume_state(start, A, op, k, max_basis)
     spent, resumed = 0, state.matvecs if state else 0
     _check_stop(which, tol, tol_overlap, mask)
+    check_seed(seed)
+    for name, limit in dict(max_matvecs=max_matvecs, max_basis=max_basis).items():
+        if limit is not None: check_whole(name, limit, 1)
     if block_size == 'auto':
         block_size, spent = (state.block_size, 0) if state else _auto_block(op, k, max_matvecs, seed)
     b, limit, room, keep = _check_sizes(k, n, block_size, max_matvecs, max_basis)

@@ -16,9 +16,19 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'two_norm', 'power_of_two']
+__all__ = ['check_device', 'LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'two_norm', 'power_of_two']
 
 # %% ../nbs/01_linop.ipynb #10fa3aae
+def check_device(
+    device: torch.device | str,  # of torch, and with memory of its own
+) -> torch.device:  # 'cuda' becomes 'cuda:0'
+    "A device that is there"
+    try: found = torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError, AttributeError):
+        raise ValueError(f"device must be one of this machine, such as 'cpu' or 'cuda', got {device!r}") from None
+    if found.type == 'meta': raise ValueError("nothing can be computed on the meta device: give 'cpu' or 'cuda'")
+    return found
+
 class LinearOperator:
     "A real matrix known by its products with blocks of vectors: `A @ V`, `A.T @ U`"
     __array_ufunc__ = None  # NumPy leaves `array @ A` to the operator
@@ -30,13 +40,13 @@ class LinearOperator:
     ):
         self.shape = tuple(shape)
         self.dtype = dtype
-        self.device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
+        self.device = check_device(device)
         self.symmetric = symmetric
         if len(self.shape) != 2 or any(s != int(s) or s < 1 for s in self.shape):
             raise ValueError(f'shape must be (rows, columns), both positive integers, got {shape}')
         self.shape = tuple(int(s) for s in shape)
-        if not dtype.is_floating_point: raise TypeError(f'dtype must be real floating point, got {dtype}')
-        if self.device.type == 'meta': raise ValueError('a matrix on the meta device has no entries: move it first')
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f'dtype must be real floating point, got {dtype!r}')
         if symmetric and self.shape[0] != self.shape[1]:
             raise ValueError(f'a symmetric operator is square, got shape {self.shape}')
 
@@ -138,6 +148,8 @@ def _from_tensor(A):
     LinearOperator(A.shape, **kind)  # refuses what cannot be compared
     A = A.detach()
     if A.layout != torch.strided: A = A.to_sparse_coo().coalesce()
+    entries = A if A.layout == torch.strided else A.values()
+    if not torch.isfinite(entries).all(): raise ValueError('the matrix has entries that are NaN or infinite')
     T, symmetric = _transposed(A)
     matmat = partial(operator.matmul, A)
     return FunctionLinearOperator(matmat, A.shape, rmatmat=matmat if symmetric else partial(operator.matmul, T), **kind)

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import check_seed, check_whole
 from .krylov import write_state
 from .linop import power_of_two
 from .noise import column_noise
@@ -80,11 +81,10 @@ class ShortLanczos:
     ):
         self.source, (self.A, self.n) = A, check_problem(A, 1)
         _, (rank,), self.ks, _ = check_slq(self.n, order, ks, None)
-        self.num_probes, self.seed = num_probes, seed
-        self.block_size = num_probes*(len(ks)+1)
-        if num_probes < 1: raise ValueError(f'num_probes must be at least 1, got {num_probes}')
+        self.num_probes, self.seed = check_whole('num_probes', num_probes, 1), check_seed(seed)
+        self.block_size = num_probes*(len(self.ks)+1)
         if self.block_size > self.n:
-            raise ValueError(f'{num_probes} probes of {len(ks)+1} rings are {self.block_size} columns, '
+            raise ValueError(f'{num_probes} probes of {len(self.ks)+1} rings are {self.block_size} columns, '
                              f'more than n = {self.n}')
         self.X = _ring_signs(self.n, self.ks, num_probes, seed, rank, self.A.dtype, self.A.device)
         self.last = None  # the block before X
@@ -294,7 +294,7 @@ def overlap_slq_masked(
     "Overlaps at a few k, with 95% intervals, in three blocks of memory: quadrature started from masked random signs"
     began = time.perf_counter()
     state = start.info.get('state') if isinstance(start, OverlapEstimate) else start
-    if num_steps < 4: raise ValueError(f'num_steps must be at least 4, got {num_steps}')
+    num_steps, num_probes = check_whole('num_steps', num_steps, 4), check_whole('num_probes', num_probes, 1)
     if state is None and save and Path(save).exists(): state = ShortLanczos.load(save, A)
     if state is None: state = ShortLanczos(A, order, ks, num_probes=num_probes, seed=seed)
     _same_start(state, A, ks, num_probes, seed)

@@ -15,7 +15,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .krylov import BlockLanczos, resume_state
+from .checks import check_ks, check_order, check_seed, check_whole
+from .krylov import BlockLanczos, check_share, resume_state
+from .noise import stream_seed
 from .sketch import check_problem
 
 # %% auto #0
@@ -68,9 +70,7 @@ def node_counts(
 def _grow_probes(A, num_probes, num_steps, seed, start, progress, least=1, **kw):
     "A state with at least so many steps"
     op, n = check_problem(A, 1)
-    if not least <= num_probes <= n:
-        raise ValueError(f'num_probes must be between {least} and n = {n}, got {num_probes}')
-    if num_steps < 4: raise ValueError(f'num_steps must be at least 4, got {num_steps}')
+    num_probes, num_steps = check_whole('num_probes', num_probes, least, n), check_whole('num_steps', num_steps, 4)
     if start is None: state = BlockLanczos(op, num_probes, seed=seed, **kw)
     else: state = resume_state(start, A, op)
     if state is None:
@@ -96,6 +96,7 @@ def spectral_density(
     progress: bool = False,  # a tqdm bar over steps
 ) -> SpectralDensity:  # for all of the spectrum
     "How many eigenvalues lie where, by block Lanczos quadrature (Ubaru, Chen and Saad 2017; Chen and Hallman 2023)"
+    check_seed(seed)
     basis = dict(basis_dtype=basis_dtype, basis_place=basis_place)
     state = _grow_probes(A, num_probes, num_steps, seed, start, progress, least=2, **basis)
     theta, F, W, exact = ritz_quadrature(state)
@@ -365,10 +366,7 @@ def _estimate(states, places, ks, labels):
 # %% ../nbs/23_quadrature.ipynb #02098e23
 def _places(order, n, name):
     "(n,) int64: where in an ordering each parameter stands"
-    fits = isinstance(order, Tensor) and order.dtype == torch.int64 and order.shape == (n,)
-    if not fits or (order.cpu().bincount(minlength=n) != 1).any():
-        which = f', {name!r} does not' if name else ''
-        raise ValueError(f'an ordering must hold each of the {n} parameter indices once{which}')
+    check_order(order, n, name or None)
     return torch.empty(n, dtype=torch.int64).scatter_(0, order.cpu(), torch.arange(n))
 
 def check_slq(
@@ -381,11 +379,10 @@ def check_slq(
     orders = order if isinstance(order, dict) else {'': order}
     places = [_places(o, n, name) for name, o in orders.items()]
     if ks is None: ks = torch.logspace(math.log10(max(1, n/1000)), math.log10(n/2), 20).round().long().unique()
-    ks = torch.as_tensor(ks)
-    fits = ks.dim() == 1 and len(ks) and ks.dtype == torch.int64
-    if not fits or ks[0] < 1 or ks[-1] >= n or (ks.diff() <= 0).any():
-        raise ValueError(f'ks must be integers that ascend between 1 and n - 1 = {n-1}')
-    labels = torch.zeros(n, dtype=torch.int64) if groups is None else groups.cpu()
+    ks = check_ks(ks, n-1, limit='n - 1')
+    labels = torch.zeros(n, dtype=torch.int64) if groups is None else groups
+    if not isinstance(labels, Tensor): raise TypeError(f'groups must be int64 labels, got {type(groups).__name__}')
+    labels = labels.cpu()
     if labels.shape != (n,) or labels.dtype != torch.int64 or labels.min() < 0:
         raise ValueError(f'groups must be ({n},) int64 labels from 0')
     return list(orders), places, ks, labels
@@ -446,6 +443,9 @@ def overlap_slq(
     "Overlap curve by exact leading pairs and block Lanczos quadrature for the rest, with 95% intervals"
     began, n = time.perf_counter(), check_problem(A, 1)[1]
     names, places, ks, labels = check_slq(n, order, ks, groups)
+    check_seed(seed)
+    if tol is not None: check_share('tol', tol)
+    if max_matvecs is not None: check_whole('max_matvecs', max_matvecs, 1)
     basis = dict(basis_dtype=basis_dtype, basis_place=basis_place)
     if isinstance(start, OverlapEstimate): start = start.info['state']
     states = [_grow_probes(A, num_probes, num_steps, seed, start, progress, **basis)]
@@ -491,6 +491,6 @@ def _refine(A, states, read, places, ks, labels, tol, max_matvecs, progress, bas
         if more_steps:
             states = [_grow_probes(A, first.block_size, first.steps+extra, s.seed, s, progress) for s in states]
         else:
-            seed = first.seed+2**32*len(states)
+            seed = stream_seed(first.seed, len(states))
             states = [*states, _grow_probes(A, first.block_size, first.steps, seed, None, progress, **basis)]
         read = _estimate(states, places, ks, labels)

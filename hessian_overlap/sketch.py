@@ -16,8 +16,10 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .linop import LinearOperator, aslinearoperator, power_of_two
-from .noise import STREAM, column_noise
+from .checks import check_seed, check_whole
+from .files import write_atomic
+from .linop import LinearOperator, aslinearoperator, check_device, power_of_two
+from .noise import column_noise, stream_seed
 from .synthmat import dct, idct
 
 # %% auto #0
@@ -105,14 +107,15 @@ class TestMatrix(LinearOperator):
         m: int,  # columns, at most n for 'ssrft'
         kind: str = 'ssrft',  # 'ssrft', 'gauss' or 'sign'
         *,
-        seed: int,  # at least 0
+        seed: int,  # from 0 to 2³² - 1, or what stream_seed made of one
         dtype: torch.dtype = torch.float64,  # of its entries
         device: torch.device | str = 'cpu',  # where columns and products are made
     ):
-        super().__init__((n, m), dtype, device)
+        super().__init__((check_whole('n', n, 1), check_whole('m', m, 1)), dtype, device)
         if kind not in ('ssrft', 'gauss', 'sign'):
             raise ValueError(f"test_matrix must be 'ssrft', 'gauss' or 'sign', got {kind!r}")
         if kind == 'ssrft' and m > n: raise ValueError(f'an SSRFT has at most n = {n} columns, got {m}')
+        column_noise(0, (), seed=seed)  # refuses what is no seed
         self.kind, self.seed = kind, seed
         if kind != 'ssrft': return
         key = np.array([seed, 2**64-1], dtype=np.uint64)  # of a stream that no column uses
@@ -163,6 +166,8 @@ def _rmatmat(self: TestMatrix, U):
 _WHOLE = dict(core='num_outer', singlepass='num_inner', nystrom='num_inner')  # how many whole images a recovery keeps
 
 def _check_sizes(k, num_outer, num_inner, n):
+    check_whole('num_outer', num_outer, 1)
+    check_whole('num_inner', num_inner, 1)
     if k <= num_outer <= num_inner <= n: return
     raise ValueError(f'k ≤ num_outer ≤ num_inner ≤ n must hold, got {k}, {num_outer}, {num_inner}, {n}')
 
@@ -183,7 +188,8 @@ class Sketch:
         dtype: torch.dtype = torch.float64,  # of the operator
         device: torch.device | str = 'cpu',  # of the operator
     ):
-        _check_sizes(1, num_outer, num_inner, n)
+        _check_sizes(1, num_outer, num_inner, check_whole('n', n, 1))
+        device, seed = check_device(device), check_seed(seed)
         _one_of("a sketch's recovery", recovery, _WHOLE)
         self.settings = dict(n=n, num_outer=num_outer, num_inner=num_inner, test_matrix=test_matrix,
                              recovery=recovery, seed=seed, dtype=dtype)
@@ -196,7 +202,7 @@ class Sketch:
         "Two independent test matrices"
         s = self.settings
         size, place = (s['n'], s['num_inner']), dict(dtype=s['dtype'], device=self.Y.device)
-        seeds = s['seed'], s['seed']+STREAM
+        seeds = s['seed'], stream_seed(s['seed'], 1)
         self.Omega, self.Psi = (TestMatrix(*size, s['test_matrix'], seed=seed, **place) for seed in seeds)
     def __repr__(self):
         s = self.settings
@@ -286,11 +292,11 @@ def merge(self: Sketch,
 # %% ../nbs/20_sketch.ipynb #dcfdb17c
 @patch
 def save(self: Sketch,
-    path: str | Path,  # of the file; its folder exists
+    path: str | Path,  # of the file, replaced in one moment; its folder exists
 ):
     "Write settings and measurements to a file"
     made = dict(columns=self.columns, seconds=self.seconds, Y=self.Y.cpu(), W=self.W.cpu())
-    torch.save(dict(settings=self.settings, **made), path)
+    write_atomic(path, lambda f: torch.save(dict(settings=self.settings, **made), f))
 
 @patch(cls_method=True)
 def load(cls: Sketch,
@@ -414,8 +420,7 @@ def _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known):
     if recovery != 'hmt' and num_power is not None:
         raise ValueError(f"num_power is for recovery='hmt', not {recovery!r}")
     num_power = 0 if num_power is None else num_power
-    if isinstance(num_power, bool) or not isinstance(num_power, int) or num_power < 0:
-        raise ValueError(f'num_power must be an integer, at least 0, got {num_power!r}')
+    check_whole('num_power', num_power, 0)
     if num_outer is None: num_outer = min(k+5, n)
     if num_inner is None: num_inner = num_outer if recovery == 'hmt' else min(2*num_outer, n)
     _check_sizes(k, num_outer, num_inner, n)
@@ -440,6 +445,7 @@ def seigh(
     "Sketched eigendecomposition (Fernandez et al. 2025; Tropp et al. 2019)"
     start = time.perf_counter()
     A, n = check_problem(A, k)
+    check_seed(seed)
     known = (*_WHOLE, 'hmt')
     num_outer, num_inner, num_power = _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known)
     if recovery == 'hmt': r = _hmt(A, k, num_outer, num_power, test_matrix, seed, progress)
@@ -521,9 +527,10 @@ def ssvd(
     n, known = min(A.shape), ('core', 'singlepass', 'hmt')
     _check_k(k, n)
     _check_precision(A)
+    check_seed(seed)
     o, i, num_power = _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known)
     def test(rows, m, stream):
-        return TestMatrix(rows, m, test_matrix, seed=seed+stream*STREAM, dtype=A.dtype, device=A.device)
+        return TestMatrix(rows, m, test_matrix, seed=stream_seed(seed, stream), dtype=A.dtype, device=A.device)
     if recovery == 'hmt': Q, M, P, unit, matvecs = _svd_hmt(A, o, num_power, test, progress)
     elif recovery == 'core': Q, M, P, unit, matvecs = _svd_core(A, o, i, test, progress)
     else: Q, M, P, unit, matvecs = _svd_singlepass(A, o, i, test, progress)
