@@ -29,7 +29,7 @@ def _check_result(A, result):
         raise TypeError(f'a result of eigsh, seigh or ssvd is expected, got {type(result).__name__}')
     if isinstance(result, EighResult): m = n = len(result.eigvecs)
     else: m, n = result.U.shape[0], result.Vh.shape[1]
-    if not len(result[1]): raise ValueError('the result has no columns')
+    if not result[0].shape[-1]: raise ValueError('the result has no columns')
     if A.shape != (m, n):
         raise ValueError(f'the result is of a {m} x {n} operator, A is {A.shape[0]} x {A.shape[1]}')
     if (A.dtype, A.device) != (result[0].dtype, result[0].device):
@@ -280,6 +280,7 @@ def overlap_error(
     if not isinstance(result, EighResult):
         raise TypeError(f'a result of eigsh or seigh, or a BlockLanczos, is expected, got {type(result).__name__}')
     n, K = result.eigvecs.shape
+    if not K: raise ValueError('the result has no columns')
     idx, ks, fixed = _check_masks(order, ks, n, K)
     if A is None: return _from_residuals(result, idx, ks, fixed)
     if result.info['converged'] is not None:

@@ -169,8 +169,8 @@ def _from_numpy(A):
     "A SciPy operator, sparse matrix or NumPy array as an operator on CPU tensors"
     from scipy.sparse.linalg import aslinearoperator as scipy_aslinearoperator
     S = scipy_aslinearoperator(A)
-    real = np.dtype(S.dtype).kind == 'f' and np.dtype(S.dtype).itemsize <= 8
-    if not real: raise TypeError(f'A has dtype {S.dtype}: convert it to float32 or float64')
+    if np.dtype(S.dtype) not in (np.float32, np.float64):
+        raise TypeError(f'A has dtype {S.dtype}: convert it to float32 or float64')
     dtype = torch.from_numpy(np.empty(0, S.dtype)).dtype
     wrap = lambda product: partial(_numpy_product, product, dtype)
     return FunctionLinearOperator(wrap(S.matmat), S.shape, rmatmat=wrap(S.rmatmat), dtype=dtype, device='cpu')

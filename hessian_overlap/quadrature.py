@@ -79,7 +79,8 @@ def _grow_probes(A, num_probes, num_steps, seed, start, progress, least=1, **kw)
     state.source = A
     steps = range(state.steps, num_steps)
     for _ in tqdm(steps, desc='quadrature', unit='step', leave=False, disable=not progress):
-        if state.size+2*state.newest > n or state.exhausted: break  # the space is spanned: eigsh is the better question
+        # the space is spanned: eigsh is the better question
+        if state.steps and (state.size+2*state.newest > n or state.exhausted): break
         state.step()
     return state
 

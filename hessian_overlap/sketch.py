@@ -30,15 +30,15 @@ __all__ = ['EighResult', 'numerical_rank', 'check_problem', 'check_symmetric', '
 def _trust(info, k):
     "How far a result of k pairs can be trusted, in a few words"
     trust = {True: 'converged', False: 'NOT CONVERGED', None: 'error not measured'}[info['converged']]
-    rank = info.get('rank', k)
-    if rank < k: trust = f'{trust}: RANK {rank}, the others are rounding'
     norms = info.get('residual_norms')
-    if norms is None: return trust
-    residuals = f'residuals up to {norms.max().item():.1e}'
-    if info['converged'] is None: return residuals
-    if info.get('overlap') is None: return f'{trust}, {residuals}'
-    overlap = f"overlap {info['overlap']:.6g} ± {info['overlap_error']:.0e}"
-    return f"{trust} ({info['stopped_by']}), {overlap}, {residuals}"
+    if norms is not None:
+        residuals = f'residuals up to {norms.max().item():.1e}'
+        trust = residuals if info['converged'] is None else f'{trust}, {residuals}'
+    if info.get('overlap') is not None:
+        overlap = f"overlap {info['overlap']:.6g} ± {info['overlap_error']:.0e}"
+        trust = trust.replace(', ', f" ({info['stopped_by']}), {overlap}, ", 1)
+    rank = info.get('rank', k)
+    return trust if rank >= k else f'{trust}; RANK {rank}, the others are rounding'
 
 class EighResult(NamedTuple):
     "Leading eigenpairs of a symmetric operator and how they were found"
