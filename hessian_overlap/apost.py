@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .krylov import BlockLanczos
-from .linop import aslinearoperator
-from .noise import STREAM, column_noise
-from .sketch import EighResult, SVDResult, operator_images
+from .checks import check_ks, check_order, check_whole
+from .krylov import BlockLanczos, check_share
+from .linop import aslinearoperator, power_of_two
+from .noise import column_noise, stream_seed
+from .sketch import EighResult, SVDResult, numerical_rank, operator_images
 
 # %% auto #0
 __all__ = ['Residuals', 'residual_norms', 'apost_bounds', 'ApostError', 'apost_error', 'ScreeBounds', 'scree_bounds',
@@ -28,6 +29,7 @@ def _check_result(A, result):
         raise TypeError(f'a result of eigsh, seigh or ssvd is expected, got {type(result).__name__}')
     if isinstance(result, EighResult): m = n = len(result.eigvecs)
     else: m, n = result.U.shape[0], result.Vh.shape[1]
+    if not result[0].shape[-1]: raise ValueError('the result has no columns')
     if A.shape != (m, n):
         raise ValueError(f'the result is of a {m} x {n} operator, A is {A.shape[0]} x {A.shape[1]}')
     if (A.dtype, A.device) != (result[0].dtype, result[0].device):
@@ -61,9 +63,11 @@ def residual_norms(
     A = _check_result(A, result)
     if isinstance(result, EighResult): theta, sides = result.eigvals, [(A, result.eigvecs, result.eigvecs)]
     else: theta, sides = result.S, [(A, result.Vh.T, result.U), (A.T, result.U, result.Vh.T)]
-    squares = sum((_product(B, V, progress)-W*theta).double().square().sum(0) for B, V, W in sides)
+    rests = [_product(B, V, progress)-W*theta for B, V, W in sides]
+    unit = max(power_of_two(R) for R in rests)
+    squares = sum((R.double()/unit).square().sum(0) for R in rests)
     weights = sum(W.double().square().sum(0) for _, _, W in sides)
-    norms = (squares/weights).sqrt().cpu()
+    norms = (squares/weights).sqrt().cpu()*unit
     theta = theta.double().cpu()
     identity = torch.eye(len(theta), dtype=A.dtype, device=A.device)
     skew = max((W.mT @ W - identity).abs().max().item() for _, _, W in sides)
@@ -76,9 +80,8 @@ def apost_bounds(
 ) -> tuple[float, float]:  # (low, high), factors below and above 1: the error is within low and high times its estimate
     "Bounds for the Frobenius error over its estimate, x e^{1-x} = α^{2/q} (Tropp et al. 2019, section 6.3)"
     from scipy.special import lambertw
-    if isinstance(num_meas, bool) or not isinstance(num_meas, int) or num_meas < 1:
-        raise ValueError(f'num_meas must be an integer, at least 1, got {num_meas!r}')
-    if not 0 < confidence < 1: raise ValueError(f'confidence must be between 0 and 1, got {confidence}')
+    num_meas = check_whole('num_meas', num_meas, 1)
+    check_share('confidence', confidence)
     y = -((1-confidence)/2)**(2/num_meas)/math.e
     few, many = (-lambertw(y, branch).real for branch in (0, -1))  # err² over its mean is rarely outside
     return float(many**-.5), float(few**-.5)
@@ -115,16 +118,19 @@ def apost_error(
     A = _check_result(A, result)
     low, high = apost_bounds(num_meas, confidence)
     left, values, right = _factors(result)
-    def draw(c): return column_noise(A.shape[1], c, seed=seed+3*STREAM, kind='gauss', dtype=A.dtype, device=A.device)
-    missed = 0.
-    total = values.double().square().sum().item()
+    seed3 = stream_seed(seed, 3)
+    def draw(c): return column_noise(A.shape[1], c, seed=seed3, kind='gauss', dtype=A.dtype, device=A.device)
+    missed, unit = 0., power_of_two(values)
+    total = (values/unit).double().square().sum().item()  # squares are in units of unit²
     for c, Y in operator_images(A, draw, range(num_meas), progress):
-        known = left @ (values[:, None]*(right @ draw(c)))
+        if total == 0: unit = power_of_two(Y)
+        Y = Y/unit
+        known = left @ ((values/unit)[:, None]*(right @ draw(c)))
         missed += (Y-known).double().square().sum().item()/num_meas
         total += (Y.double().square().sum() - known.double().square().sum()).item()/num_meas
     error = missed**.5
     info = dict(num_meas=num_meas, confidence=confidence, matvecs=num_meas, seed=seed)
-    return ApostError(error, low*error, high*error, max(total, 0)**.5, info)
+    return ApostError(error*unit, low*error*unit, high*error*unit, max(total, 0)**.5*unit, info)
 
 # %% ../nbs/22_apost.ipynb #efaac997
 class ScreeBounds(NamedTuple):
@@ -141,8 +147,9 @@ def scree_bounds(
         raise TypeError(f'error must be what apost_error returned, got {type(error).__name__}')
     if isinstance(result, SVDResult): values = result.S
     else: values = result.eigvals.abs().sort(descending=True).values
-    squares = values.double().cpu().square()
-    tail = torch.cat([squares.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]).sqrt()
+    unit = power_of_two(values)
+    squares = (values.double().cpu()/unit).square()
+    tail = torch.cat([squares.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)]).sqrt()*unit
     norm = max(error.norm, torch.finfo(torch.float64).tiny)
     return ScreeBounds((tail/norm).square().clamp(max=1), ((tail+error.error)/norm).square().clamp(max=1))
 
@@ -153,18 +160,22 @@ class OverlapInterval(NamedTuple):
     estimate: Tensor  # (m,) float64 in [0, 1]
     low: Tensor  # (m,) float64 in [0, 1]; the overlap with the true eigenspace is at least this
     high: Tensor  # (m,) float64 in [0, 1]; and at most this
-    info: dict  # how: 'residuals', 'probe' or 'checkpoints'; matvecs spent; ...
+    info: dict  # how: 'residuals', 'probe' or 'checkpoints'; matvecs spent; rank: of the result; ...
     def __repr__(self):
         o, l, h = (v[-1].item() for v in self[1:4])
         last = f'at k = {self.ks[-1].item()} overlap {o:.6g} in [{l:.6g}, {h:.6g}]'
         return f"OverlapInterval({self.info['how']}: {len(self.ks)} dimensions, {last}; {self.info['matvecs']} matvecs)"
 
-def _interval(ks, estimate, low, high, eps, **info):
-    "The interval at the wanted ks, widened by rounding"
+def _interval(ks, estimate, low, high, eps, rank, **info):
+    "The interval at the wanted ks, widened by rounding; beyond the rank, by what any vectors could add"
+    k = torch.arange(1, len(low)+1)
+    reached = low[rank-1]*rank if rank > 0 else low.new_zeros(())
+    low = torch.where(k > rank, torch.minimum(low, reached/k), low)
+    high = torch.where(k > rank, 1., high)
     estimate, low, high = (v[ks-1] for v in (estimate, low, high))
     low = (torch.minimum(low, estimate)-10*eps).clamp(0, 1)
     high = (torch.maximum(high, estimate)+10*eps).clamp(0, 1)
-    return OverlapInterval(ks, estimate, low, high, info)
+    return OverlapInterval(ks, estimate, low, high, info | dict(rank=rank))
 
 # %% ../nbs/22_apost.ipynb #26f24d90
 def _is_mask(order): return hasattr(order, 'indices') and hasattr(order, 'k') and not isinstance(order, Tensor)
@@ -176,22 +187,13 @@ def _check_mask(mask, ks, n, K):
     if ks is not None and torch.as_tensor(ks).tolist() != [mask.k]:
         raise ValueError(f'a mask of {mask.k} parameters has the dimension k = {mask.k}, got ks = {ks}')
 
-def _check_order(order, n):
-    "Raises if it is no ordering of n parameters"
-    if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.dim() != 1:
-        raise TypeError('an ordering is an int64 tensor of parameter indices, most important first; or give a Mask')
-    if len(order) != n or (order.bincount(minlength=n) != 1).any():
-        raise ValueError(f'an ordering must hold each of the {n} parameter indices once, got {len(order)} entries')
-
 def _check_masks(order, ks, n, K):
     "Rows of the largest mask in their order, the dimensions ks, and whether there is one mask only"
     if _is_mask(order):
         _check_mask(order, ks, n, K)
         return order.indices, torch.tensor([order.k]), True
-    _check_order(order, n)
-    ks = torch.arange(1, K+1) if ks is None else torch.as_tensor(ks)
-    if ks.dim() != 1 or not len(ks) or ks[0] < 1 or ks[-1] > K or (ks.diff() <= 0).any():
-        raise ValueError(f'ks must ascend between 1 and k = {K}')
+    check_order(order, n)
+    ks = torch.arange(1, K+1) if ks is None else check_ks(ks, K, limit='k')
     return order[:K], ks, False
 
 # %% ../nbs/22_apost.ipynb #c04c7636
@@ -227,7 +229,8 @@ def _neighbours(v, share=.3):
 def _probe(A, U, idx, fixed, progress):
     "Overlaps after one step of subspace iteration, half widths, and the share by which the subspace moved"
     n, K = U.shape
-    Q, R = torch.linalg.qr(_product(A, U, progress, ' of the probe'))
+    Y = _product(A, U, progress, ' of the probe')
+    Q, R = torch.linalg.qr(Y/power_of_two(Y))
     new = Q @ torch.linalg.svd(R)[0]
     before, after = (_curve(_sums(V[idx.to(V.device)], fixed)) for V in (U, new))
     k = torch.arange(1, K+1, dtype=torch.float64)
@@ -246,7 +249,7 @@ def _check_past(state, K, m, back):
         raise ValueError(f'{few}: checkpoints in the past need {need}; take some steps more')
 
 def _checkpoints(state, K, idx, fixed):
-    "Overlaps of a block Lanczos state, half widths from two earlier moments; sums, scores, residuals of K + 1 pairs"
+    "Overlaps of a state, half widths from two earlier moments; sums, scores, residuals of K + 1 pairs, and its rank"
     theta, F, res = state.ritz()
     m, back = len(theta), max(1, math.ceil(.075*K/state.block_size))*state.block_size
     _check_past(state, K, m, back)
@@ -259,7 +262,9 @@ def _checkpoints(state, K, idx, fixed):
     if m < state.n: before, earlier = _curve(sums(m-back)), _curve(sums(m-2*back))  # a whole space has nothing to learn
     half = 4*_neighbours(torch.maximum((now-before).abs(), (before-earlier).abs()))
     top = theta.abs().argsort(descending=True, stable=True)[:K+1]
-    return now, half, S, theta[top].abs(), (res[top].square()+state.noise**2).sqrt()
+    unit = state.unit
+    total = ((res[top]/unit).square()+(state.noise/unit)**2).sqrt()*unit
+    return now, half, S, theta[top].abs(), total, numerical_rank(theta, top[:K], state.rounding)
 
 # %% ../nbs/22_apost.ipynb #e6117c6d
 def overlap_error(
@@ -275,6 +280,7 @@ def overlap_error(
     if not isinstance(result, EighResult):
         raise TypeError(f'a result of eigsh or seigh, or a BlockLanczos, is expected, got {type(result).__name__}')
     n, K = result.eigvecs.shape
+    if not K: raise ValueError('the result has no columns')
     idx, ks, fixed = _check_masks(order, ks, n, K)
     if A is None: return _from_residuals(result, idx, ks, fixed)
     if result.info['converged'] is not None:
@@ -282,14 +288,15 @@ def overlap_error(
                          'leave A away, or give the BlockLanczos state')
     curve, half, moved = _probe(_check_result(A, result), result.eigvecs, idx, fixed, progress)
     eps = torch.finfo(result.eigvecs.dtype).eps
-    return _interval(ks, curve, curve-half, curve+half, eps, how='probe', matvecs=K, moved=moved[ks-1])
+    rank = min(K, result.info.get('rank', K))
+    return _interval(ks, curve, curve-half, curve+half, eps, rank, how='probe', matvecs=K, moved=moved[ks-1])
 
 # %% ../nbs/22_apost.ipynb #b62831d0
 def _first_beyond(info, sign, n, K):
     "Score and residual of the first pair that is not among the K; None: unknown"
     if K == n: return -math.inf, 0.  # nothing is left
     if info.get('next_residual') is None: return None
-    return sign(torch.tensor(info['next_eigval'])).item(), info['next_residual']
+    return sign(torch.tensor(info['next_eigval'], dtype=torch.float64)).item(), info['next_residual']
 
 def _from_residuals(result, idx, ks, fixed):
     "The interval of a result that knows its residuals and has missed nothing"
@@ -305,7 +312,8 @@ def _from_residuals(result, idx, ks, fixed):
     S = _sums(U[idx.to(U.device)], fixed)
     beyond = _first_beyond(info, sign, len(U), len(S))
     low, high = _certificate(S, sign(result.eigvals.double().cpu()), info['residual_norms'], beyond)
-    return _interval(ks, _curve(S), low, high, torch.finfo(U.dtype).eps, how='residuals', matvecs=0)
+    rank = min(len(S), info.get('rank', len(S)))
+    return _interval(ks, _curve(S), low, high, torch.finfo(U.dtype).eps, rank, how='residuals', matvecs=0)
 
 # %% ../nbs/22_apost.ipynb #2564f22b
 def _from_past(state, order, ks):
@@ -313,9 +321,9 @@ def _from_past(state, order, ks):
     if ks is None and not hasattr(order, 'k'): raise ValueError('a state has no k: give ks, or a Mask')
     K = order.k if ks is None else int(torch.as_tensor(ks)[-1])
     idx, ks, fixed = _check_masks(order, ks, state.n, K)
-    curve, half, S, score, res = _checkpoints(state, K, idx, fixed)
+    curve, half, S, score, res, rank = _checkpoints(state, K, idx, fixed)
     beyond = (score[K].item(), res[K].item()) if len(score) > K else (-math.inf, 0.)
     low, high = _certificate(S, score[:K], res[:K], beyond)
     low = torch.maximum(low, curve-half)
     high = torch.minimum(high, curve+half)
-    return _interval(ks, curve, low, high, torch.finfo(state.A.dtype).eps, how='checkpoints', matvecs=0)
+    return _interval(ks, curve, low, high, torch.finfo(state.basis.dtype).eps, rank, how='checkpoints', matvecs=0)

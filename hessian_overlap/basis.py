@@ -13,6 +13,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .checks import check_whole
+from .linop import check_device
+
 # %% auto #0
 __all__ = ['PANEL', 'Basis']
 
@@ -32,13 +35,13 @@ class Basis:
         first: int = 64,  # columns of the first segment, at least 1
         more: int = 64,  # columns of every other segment, at least 1
     ):
-        self.n = n
+        self.n = check_whole('n', n, 1)
         self.dtype = dtype
-        self.device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
-        self.first, self.more = max(1, int(first)), max(1, int(more))
-        self.store_dtype = store_dtype or dtype
-        if not self.store_dtype.is_floating_point:
-            raise TypeError(f'a basis is stored in real floating point, got {store_dtype}')
+        self.device = check_device(device)
+        self.first, self.more = check_whole('first', first, 1), check_whole('more', more, 1)
+        self.store_dtype = dtype if store_dtype is None else store_dtype
+        if not isinstance(self.store_dtype, torch.dtype) or not self.store_dtype.is_floating_point:
+            raise TypeError(f'a basis is stored in real floating point, got {store_dtype!r}')
         self.place = self.device if place is None else _place(place)
         self.size, self._segments = 0, []
         self.lossy = torch.finfo(self.store_dtype).eps > torch.finfo(dtype).eps
@@ -287,3 +290,18 @@ def load_state_dict(self: Basis,
         self._segments[-1].copy_(seg)
     self.size, self.gram = state['size'], state['gram']
     return self
+
+@patch
+def __getstate__(self: Basis):
+    "For pickle: the columns, without the room for more; those in files as if they were in host memory"
+    used = [r.clone() for _, r in self._rows(0, self.size)]
+    lengths = [len(s) for s in self._segments]
+    where = torch.device('cpu') if isinstance(self.place, Path) else self.place
+    return self.__dict__ | dict(_segments=used, lengths=lengths, place=where)
+
+@patch
+def __setstate__(self: Basis, state):
+    lengths, used = state.pop('lengths'), state.pop('_segments')
+    self.__dict__.update(state, _segments=[])
+    for length in lengths: self._segment(length)
+    for rows, segment in zip(used, self._segments): segment[:len(rows)] = rows

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .basis import Basis
+from .checks import check_seed, check_whole
+from .files import write_atomic
+from .linop import power_of_two
 from .noise import column_noise
-from .sketch import EighResult, check_problem
+from .sketch import EighResult, check_problem, numerical_rank
 
 # %% auto #0
-__all__ = ['BlockLanczos', 'write_state', 'resume_state', 'eigsh']
+__all__ = ['BlockLanczos', 'write_state', 'check_share', 'resume_state', 'eigsh']
 
 # %% ../nbs/21_krylov.ipynb #49dbf9f8
 class BlockLanczos:
@@ -39,13 +42,11 @@ class BlockLanczos:
     ):
         self.source = A
         self.A, self.n = check_problem(A, 1)
-        if not 1 <= block_size <= self.n:
-            raise ValueError(f'block_size must be between 1 and n = {self.n}, got {block_size}')
-        self.block_size = block_size
+        self.block_size = check_whole('block_size', block_size, 1, self.n)
         self.seed = seed
-        first = min(self.n, first or 8*block_size)
+        first = min(self.n, first or 8*self.block_size)
         self.basis = Basis(self.n, self.A.dtype, self.A.device, store_dtype=basis_dtype, place=basis_place,
-                           first=first, more=max(block_size, first//8))
+                           first=first, more=max(self.block_size, first//8))
         self._start_counting()
         Z = self._first_block(start)
         self._append(self._orthonormal(Z))
@@ -68,7 +69,8 @@ def _start_counting(self: BlockLanczos):
     self.steps = 0  # block products
     self.drawn = 0  # columns of noise
     self.restarts = 0
-    self.noise = 0.  # largest asymmetry of T
+    self.unit = 1.  # T, B and what storing took are in units of it
+    self.noise = 0.  # largest asymmetry of QᵀAQ
     self.scale = 0.  # largest norm of an image
     self.rms = 0.  # norm of the image of a random direction
     self.fresh = True  # the newest block has directions that no product has suggested
@@ -89,10 +91,13 @@ def _first_block(self: BlockLanczos, start):
     "Random signs, or random mixtures of the columns of `start`, filled up with random signs where they are too few"
     b = self.block_size
     if start is None: return self._draw(b)
+    if not isinstance(start, Tensor) or not start.is_floating_point():
+        got = start.dtype if isinstance(start, Tensor) else type(start).__name__
+        raise TypeError(f'start must be a tensor of real floating point, a result or a state, got {got}')
     if start.dim() != 2 or start.shape[0] != self.n or start.shape[1] < 1:
         raise ValueError(f'start must be ({self.n}, j) with j at least 1, got {tuple(start.shape)}')
     if not torch.isfinite(start).all(): raise ValueError('start has entries that are not finite')
-    U = start.to(self.A.device, self.A.dtype)
+    U = start.detach().to(self.A.device, self.A.dtype)
     j = U.shape[1]
     if j <= b: return torch.cat([U, self._draw(b-j)], 1)
     return U @ column_noise(j, range(b), seed=self.seed, kind='gauss', dtype=self.A.dtype, device=self.A.device)
@@ -119,6 +124,8 @@ def _orthonormal(self: BlockLanczos, W, tiny=0.):
     rotation, spread, _ = torch.linalg.svd(R)  # QR alone may hide a good direction behind a lost one
     good = int((spread[:room] > tiny).sum())
     if good < W.shape[1]: X = X @ rotation[:, :good]
+    if self.size and good and spread[good-1] < 1e-2*spread[0]:  # the rounding of long columns is large in short ones
+        X = torch.linalg.qr(self.basis.project_out(X)[0]).Q
     self.fresh = self.size == 0 or good < room
     while X.shape[1] < room:
         Z = self._draw(room - X.shape[1])
@@ -131,6 +138,16 @@ def _orthonormal(self: BlockLanczos, W, tiny=0.):
 
 # %% ../nbs/21_krylov.ipynb #2696a49a
 @patch
+def _image(self: BlockLanczos, lo, hi):
+    "The image of columns lo..hi in the state's unit, which follows from the first image that is not zero"
+    if self.A is None: raise ValueError('a state that was pickled has no operator: go on by giving it as start=')
+    W = self.A @ self.basis.columns(lo, hi)
+    self.matvecs += hi-lo
+    self.steps += 1
+    if self.scale == 0: self.unit = power_of_two(W)
+    return W/self.unit
+
+@patch
 def _check_image(self: BlockLanczos, W, C, lo, hi):
     "Raises if the image W of columns lo..hi is not finite or contradicts symmetry; C is QᵀW"
     bad = ~torch.isfinite(W).all(0)
@@ -139,9 +156,10 @@ def _check_image(self: BlockLanczos, W, C, lo, hi):
         matvec = self.matvecs-(hi-lo)+j+1
         raise FloatingPointError(f'A @ V is not finite in column {j} of block {self.steps} (matvec {matvec})')
     norms = W.norm(dim=0)
-    self.scale = max(self.scale, norms.max().item())
-    if self.steps == 1: self.rms = norms.square().mean().sqrt().item()
-    off = torch.cat([C[:lo]-self._T[:lo, lo:hi], (C[lo:]-C[lo:].T)/2]).norm(dim=0).max().item()
+    self.scale = max(self.scale, norms.max().item()*self.unit)
+    if self.steps == 1: self.rms = norms.square().mean().sqrt().item()*self.unit
+    asymmetry = torch.cat([C[:lo]-self._T[:lo, lo:hi], (C[lo:]-C[lo:].T)/2])
+    off = asymmetry.norm(dim=0).max().item()*self.unit
     self.noise = max(self.noise, off)
     tolerance = max(1e-3, 1e3*torch.finfo(self.A.dtype).eps)
     if self.basis.lossy: tolerance = max(tolerance, 8*torch.finfo(self.basis.store_dtype).eps)
@@ -149,15 +167,21 @@ def _check_image(self: BlockLanczos, W, C, lo, hi):
         differ = f'<u, Av> and <Au, v> differ by {off/self.scale:.1e} of its norm'
         raise ValueError(f'the operator is not symmetric: {differ}')
 
+@patch(as_prop=True)
+def rounding(self: BlockLanczos) -> float:  # in units of λ
+    "What eigenvalues are uncertain by: four units in the last place of ‖A‖, or its asymmetry; and what storing adds"
+    eps = torch.finfo(self.basis.dtype).eps
+    if not self.basis.lossy: return max(self.noise, 4*eps*self.scale)
+    store = torch.finfo(self.basis.store_dtype).eps  # T knows of it; what is left is its square
+    return max(4*eps*self.scale, store**2/2*self.rms)
+
 # %% ../nbs/21_krylov.ipynb #fa53fd59
 @patch
 def step(self: BlockLanczos):
     "One block of products: extends T to the newest block, and the basis by the next one"
     lo, hi = self.size-self.newest, self.size
     if lo == hi: raise ValueError(f'the basis already spans all {self.n} dimensions')
-    W = self.A @ self.basis.columns(lo, hi)
-    self.matvecs += hi-lo
-    self.steps += 1
+    W = self._image(lo, hi)
     rest, C = self.basis.project_out(W, near=max(0, lo-self.block_size))
     self._check_image(W, C, lo, hi)
     C[lo:] = (C[lo:]+C[lo:].T)/2
@@ -165,7 +189,7 @@ def step(self: BlockLanczos):
     self._T[lo:hi, :hi] = C.T
     del W
     limits = torch.finfo(self.A.dtype)
-    X = self._orthonormal(rest, tiny=10*limits.eps*max(self.scale, limits.tiny))
+    X = self._orthonormal(rest, tiny=10*limits.eps*max(self.scale/self.unit, limits.tiny))
     B = X.T @ rest
     stored = self._append(X)
     self._slack = torch.cat([self._slack, ((X-stored) @ B).norm(dim=0).double().cpu()])
@@ -176,10 +200,8 @@ def step(self: BlockLanczos):
 
 # %% ../nbs/21_krylov.ipynb #6dcd81d1
 @patch
-def ritz(self: BlockLanczos,
-    columns: int | None = None,  # as the state was when it had so many columns multiplied; None: now
-) -> tuple[Tensor, Tensor, Tensor]:  # (m,) values ascending, (m, m) vectors in the basis, (m,) residuals; float64, CPU
-    "Ritz values, their vectors' coefficients, and residual norms ‖B f_last‖"
+def _ritz(self: BlockLanczos, columns=None):
+    "As `ritz`, in the state's unit"
     multiplied = self.size-self.newest
     m = multiplied if columns is None else columns
     if not 1 <= m <= multiplied: raise ValueError(f'columns must be between 1 and {multiplied}, got {columns}')
@@ -193,11 +215,24 @@ def ritz(self: BlockLanczos,
     return theta, F, (coupling @ F).norm(dim=0)
 
 @patch
+def ritz(self: BlockLanczos,
+    columns: int | None = None,  # as the state was when it had so many columns multiplied; None: now
+) -> tuple[Tensor, Tensor, Tensor]:  # (m,) values ascending, (m, m) vectors in the basis, (m,) residuals; float64, CPU
+    "Ritz values, their vectors' coefficients, and residual norms ‖B f_last‖"
+    theta, F, res = self._ritz(columns)
+    return theta*self.unit, F, res*self.unit
+
+@patch
 def _unseen(self: BlockLanczos, F):
     "What noise in A and the rounding of the stored basis add to the residuals of QF: (columns of F,)"
     rounding = self._slack.square() @ F.square()
-    if self.basis.lossy: return rounding.sqrt()  # what looks like noise in A is rounding
-    return (self.noise**2 + rounding).sqrt()
+    noise = 0. if self.basis.lossy else self.noise/self.unit  # what looks like noise in A is rounding there
+    return (noise**2 + rounding).sqrt()*self.unit
+
+@patch
+def _residuals(self: BlockLanczos, F, res):
+    "Residual norms with what is unseen of QF"
+    return ((res/self.unit).square()+(self._unseen(F)/self.unit).square()).sqrt()*self.unit
 
 # %% ../nbs/21_krylov.ipynb #2d0f345a
 def _wanted(theta, k, which):
@@ -222,14 +257,14 @@ def restart(self: BlockLanczos,
     "The basis shrinks to `keep` Ritz vectors and the newest block (thick restart, Wu and Simon 2000)"
     m, b = self.size-self.newest, self.newest
     if not 1 <= keep <= m: raise ValueError(f'keep must be between 1 and {m}, got {keep}')
-    theta, F, _ = self.ritz()
+    theta, F, _ = self._ritz()
     kept = _wanted(theta, keep, which)
     theta, F = theta[kept], F[:, kept]
     coupling = self._T[m:self.size, :m] @ F
     self._slack = (self._slack.square() @ F.square()).sqrt()
     if self.basis.lossy:  # rounded once more
         rounding = torch.finfo(self.basis.store_dtype).eps/2
-        self._slack = (self._slack**2 + (theta**2+self.rms**2)*rounding**2).sqrt()
+        self._slack = (self._slack**2 + (theta**2+(self.rms/self.unit)**2)*rounding**2).sqrt()
     self.basis.rotate(torch.block_diag(F, torch.eye(b, dtype=torch.float64)))
     T = torch.zeros_like(self._T)
     T[:keep, :keep] = theta.diag()
@@ -292,11 +327,13 @@ def quadrature(self: BlockLanczos,
 ) -> tuple[Tensor, Tensor]:  # (m,) nodes ascending, (m, block_size) weights, a column a probe; each column adds up to 1
     "Gauss quadrature, zᵀ f(A) z / n ≈ Σ weights · f(nodes) for each random-sign probe z (Golub and Welsch 1969)"
     theta, F, _ = self.ritz()
-    return theta, self._weights(F).square()/self.n
+    return theta, self.probe_weights(F).square()/self.n
 
 @patch
-def _weights(self: BlockLanczos, F):
-    "Components of the probes along the columns of QF: (columns of F, block_size)"
+def probe_weights(self: BlockLanczos,
+    F: Tensor,  # (m, j) float64 coefficients in the first m columns of the basis, m at least block_size
+) -> Tensor:  # (j, block_size) float64 on the CPU
+    "Components of the random-sign probes along the columns of QF"
     if self._probes is None:
         raise ValueError('quadrature needs a state that started from random signs and was never restarted')
     return F[:len(self._probes)].T @ self._probes
@@ -305,26 +342,29 @@ def _weights(self: BlockLanczos, F):
 @patch
 def _result(self: BlockLanczos, theta, F, res, w, converged, U, **info):
     "The pairs at positions w as an EighResult"
-    total = (res.square()+self._unseen(F).square()).sqrt()
-    d = dict(method='eigsh', matvecs=self.matvecs, converged=converged, residual_norms=total[w],
+    total = self._residuals(F, res)
+    which = info.get('which', 'LM')
+    rank = numerical_rank(theta, w, self.rounding, which)
+    if converged: converged = rank == len(w)
+    d = dict(method='eigsh', matvecs=self.matvecs, converged=converged, rank=rank, residual_norms=total[w],
              next_eigval=None, next_residual=None, noise=self.noise, block_size=self.block_size,
              passes=self.steps, restarts=self.restarts, seed=self.seed)
     others = _unwanted(theta, w)
     if len(others):  # the first that was not asked for
-        j = others[_wanted(theta[others], 1, info.get('which', 'LM'))[0]]
+        j = others[_wanted(theta[others], 1, which)[0]]
         d |= dict(next_eigval=theta[j].item(), next_residual=total[j].item())
-    return EighResult(theta[w].to(self.A.dtype).to(self.A.device), U, d | info)
+    return EighResult(theta[w].to(self.basis.dtype).to(self.basis.device), U, d | info)
 
 # %% ../nbs/21_krylov.ipynb #e9c35006
-_KEPT = ('block_size', 'seed', 'matvecs', 'steps', 'drawn', 'restarts', 'noise', 'scale', 'rms', 'fresh', 'newest',
-         'B', '_T', '_slack', '_probes')
+_KEPT = ('block_size', 'seed', 'matvecs', 'steps', 'drawn', 'restarts', 'unit', 'noise', 'scale', 'rms', 'fresh',
+         'newest', 'B', '_T', '_slack', '_probes')
 
-def write_state(path, **state):
+def write_state(
+    path: str | Path,  # of the file; its folder exists
+    **state,  # tensors, numbers, and lists and dicts of them
+):
     "A file of tensors and numbers, replaced in one moment"
-    path = Path(path)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    torch.save(state, part)
-    os.replace(part, path)
+    write_atomic(path, lambda f: torch.save(state, f))
 
 @patch
 def save(self: BlockLanczos,
@@ -333,6 +373,23 @@ def save(self: BlockLanczos,
     "Write the state, without the operator"
     kept = {name: getattr(self, name) for name in _KEPT}
     write_state(path, kind='BlockLanczos', basis=self.basis.state_dict(), n=self.n, **kept)
+
+@patch
+def __getstate__(self: BlockLanczos): return {name: getattr(self, name) for name in (*_KEPT, 'n', 'basis')}
+
+@patch
+def __setstate__(self: BlockLanczos, state):
+    self.__dict__.update(state, A=None, source=None)
+
+@patch
+def _adopt(self: BlockLanczos, A):
+    "Go on with A, which has the size and dtype of the state's operator"
+    op, n = check_problem(A, 1)
+    if (n, op.dtype) != (self.n, self.basis.dtype):
+        saved = f'a {self.basis.dtype} operator of size {self.n}'
+        raise ValueError(f'the state is of {saved}, A is {op.dtype} of size {n}')
+    if op.device != self.basis.device: raise ValueError(f'the state is on {self.basis.device}, A on {op.device}')
+    self.source, self.A = A, op
 
 # %% ../nbs/21_krylov.ipynb #8ad1cbf3
 @patch(cls_method=True)
@@ -346,16 +403,15 @@ def load(cls: BlockLanczos,
     d = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     if d.get('kind') != 'BlockLanczos': raise ValueError(f'{Path(path).name} holds no BlockLanczos state')
     self = cls.__new__(cls)
-    self.source = A
-    self.A, self.n = check_problem(A, 1)
+    op, n = check_problem(A, 1)
     b = d['basis']
-    if (b['n'], b['dtype']) != (self.n, str(self.A.dtype)):
-        saved = f"a {b['dtype']} operator of size {b['n']}"
-        raise ValueError(f'the state is of {saved}, A is {self.A.dtype} of size {self.n}')
+    if (b['n'], b['dtype']) != (n, str(op.dtype)):
+        raise ValueError(f"the state is of a {b['dtype']} operator of size {b['n']}, A is {op.dtype} of size {n}")
     store = getattr(torch, b['store_dtype'].removeprefix('torch.'))
-    basis = Basis(self.n, self.A.dtype, self.A.device, store_dtype=store, place=basis_place)
-    self.basis = basis.load_state_dict(b)
-    for name in _KEPT: setattr(self, name, d[name])
+    basis = Basis(n, op.dtype, op.device, store_dtype=store, place=basis_place)
+    self.n, self.basis = n, basis.load_state_dict(b)
+    for name in _KEPT: setattr(self, name, d.get(name, 1.))  # files from before there were units lack it
+    self._adopt(A)
     return self
 
 # %% ../nbs/21_krylov.ipynb #b9e9fe5c
@@ -376,7 +432,7 @@ def _overlap_bound(theta, res, w, which, rows):
     "Bounds on the errors of the overlap of `rows` parameters with the wanted Ritz space, and of the wanted values"
     gap = _gaps(theta, res, w, which)
     x = torch.where(gap > 0, res[w]/gap.clamp(min=1e-300), math.inf).clamp(max=1)
-    room = torch.where(x < 1, res[w]**2/gap.clamp(min=1e-300), math.inf)
+    room = torch.where(x < 1, res[w]*(res[w]/gap.clamp(min=1e-300)), math.inf)
     return x.sum().item()/min(rows, len(w)), room
 
 # %% ../nbs/21_krylov.ipynb #756a6b78
@@ -429,8 +485,7 @@ def _read_overlap(self: _Stopping, state):
     "The overlap and a bound on its error; 1 if a value moved by more than the residuals allowed: something was missed"
     theta, F, res, w = self.pairs
     self.history.append((state.matvecs, state._overlap(self.idx, F[:, w])))
-    total = (res.square()+state._unseen(F).square()).sqrt()
-    bound, room = _overlap_bound(theta, total, w, self.which, len(self.idx))
+    bound, room = _overlap_bound(theta, state._residuals(F, res), w, self.which, len(self.idx))
     moved = True
     if self.before is not None:
         values, allowed = self.before
@@ -467,36 +522,49 @@ def _steps_to_wait(self: _Stopping, state):
     return min(wait, max(1, math.ceil(.05*self.k/state.block_size)))
 
 # %% ../nbs/21_krylov.ipynb #72d24e60
+_TIMED = 8, 8, 40  # columns of the products that are timed; the first is a warm-up
+
 def _best_block(k, overhead, slope):
     "Least time of (1.7 k + 8 b)/b · (overhead + slope b), between 4 and 64"
     return min(64, max(4, round(math.sqrt(1.7*k*max(overhead, 0)/(8*slope)))))
 
-def _auto_block(A, k, n, seed):
-    "The best block from two timed products, and the matvecs spent on them"
-    narrow, wide = min(8, n), min(40, n)
+def _auto_block(A, k, max_matvecs, seed):
+    "The best block from timed products, and the matvecs spent on them; none where they are not worth it"
+    n, (_, narrow, wide) = A.shape[0], _TIMED
+    if min(n, max_matvecs or 10*k+400) < 5*sum(_TIMED): return None, 0
     V = column_noise(n, range(wide), seed=seed, dtype=A.dtype, device=A.device)
     seconds = []
-    for m in (narrow, narrow, wide):  # the first is a warm-up
+    for m in _TIMED:
         begin = time.perf_counter()
         (A @ V[:, :m]).sum().item()  # waits for the device
         seconds.append(time.perf_counter()-begin)
-    slope = max((seconds[2]-seconds[1])/max(1, wide-narrow), 1e-3*seconds[2]/wide)
-    return min(n, _best_block(k, seconds[1]-slope*narrow, slope)), 2*narrow+wide
+    slope = max((seconds[2]-seconds[1])/(wide-narrow), 1e-3*seconds[2]/wide)
+    return _best_block(k, seconds[1]-slope*narrow, slope), sum(_TIMED)
 
 # %% ../nbs/21_krylov.ipynb #4f659812
+def check_share(
+    name: str,  # what it is called
+    value: float,  # in (0, 1)
+    zero: bool = False,  # whether it may be 0, too
+):
+    "Raises unless it is a number between 0 and 1"
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f'{name} must be a number between 0 and 1, got {value!r}')
+    if 0 < value < 1 or (zero and value == 0): return
+    least = 'at least 0 and below 1' if zero else 'between 0 and 1'
+    raise ValueError(f'{name} must be {least}, got {value}')
+
 def _check_stop(which, tol, tol_overlap, mask):
     "Raises where the arguments do not say when to stop"
     if which not in ('LM', 'LA', 'SA', 'BE'): raise ValueError(f"which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
-    if not 0 <= tol < 1: raise ValueError(f'tol must be at least 0 and below 1, got {tol}')
+    check_share('tol', tol, zero=True)
     if tol_overlap is None: return
-    if not 0 < tol_overlap < 1: raise ValueError(f'tol_overlap must be between 0 and 1, got {tol_overlap}')
+    check_share('tol_overlap', tol_overlap)
     if mask is None: raise ValueError('tol_overlap needs mask: the parameters whose overlap is to converge')
 
 def _check_sizes(k, n, block_size, max_matvecs, max_basis):
     "Block size, limit on products, limit on columns and Ritz vectors to keep, with defaults filled in"
-    b = min(10, n) if block_size is None else block_size
-    if isinstance(b, str) or not 1 <= b <= n:
-        raise ValueError(f"block_size must be 'auto' or between 1 and n = {n}, got {b!r}")
+    b = min(10, n) if block_size is None else check_whole("block_size, if not 'auto',", block_size, 1, n)
     restarts = max_basis is not None and max_basis < n
     if restarts and max_basis < k+6:
         better = f'give at least k + 6 = {k+6}, better 1.5 k'
@@ -530,12 +598,19 @@ def _grow(state, stop, k, limit, room, keep, progress):
     return stop.done if stop.at == state.steps else stop(state)
 
 # %% ../nbs/21_krylov.ipynb #e956ea87
-def resume_state(start, A, op, k=1, max_basis=None):
+def resume_state(
+    start,  # a BlockLanczos, or an EighResult that holds one; anything else holds none
+    A,  # the operator as it was given
+    op,  # the same as a LinearOperator
+    k: int = 1,  # eigenpairs that are wanted
+    max_basis: int | None = None,  # limit on the columns of the basis; None: no limit
+) -> BlockLanczos | None:  # None: there is none, or the result's is of another operator
     "The state to go on with, if `start` is one or holds one of the same operator"
     if isinstance(start, BlockLanczos): state = start
     elif isinstance(start, EighResult): state = start.info.get('state')
     else: state = None
     if state is None: return None
+    if state.A is None: state._adopt(A)
     if state.source is not A and state.A is not op:
         if state is not start: return None
         raise ValueError('the state was grown with another operator: '
@@ -568,6 +643,13 @@ def _warn_unconverged(state, stop):
     warnings.warn(f'eigsh used {state.matvecs} matvecs and has not converged: {far}; go on with start=result, '
                   'or raise max_matvecs or tol', RuntimeWarning, stacklevel=3)
 
+def _warn_rank(result, rounding):
+    "A warning that some of the pairs are rounding, to whoever called eigsh"
+    rank, k = result.info['rank'], len(result.eigvals)
+    beyond = f'the other {k-rank} of {k} eigenvectors are any of its null space, an overlap with them is arbitrary'
+    warnings.warn(f'A has {rank} leading eigenvalues above the rounding of its products, {rounding:.1e}: {beyond}',
+                  RuntimeWarning, stacklevel=3)
+
 # %% ../nbs/21_krylov.ipynb #33c1a6dc
 def eigsh(
     A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
@@ -586,14 +668,18 @@ def eigsh(
     keep_state: bool = False,  # keep the basis in info['state'] though converged; it is always kept if not, or if given
     seed: int,  # of the first block
     progress: bool = False,  # a tqdm bar over products
-) -> EighResult:  # k eigenpairs, most wanted first; info['converged']: all residuals, or the overlap, met the tolerance
+) -> EighResult:  # k eigenpairs, most wanted first; info: converged; rank, the number of pairs above rounding; ...
     "Leading eigenpairs by block Lanczos, full reorthogonalisation and Rayleigh-Ritz; arguments as in SciPy's eigsh"
     began = time.perf_counter()
     op, n = check_problem(A, k)
     state = resume_state(start, A, op, k, max_basis)
     spent, resumed = 0, state.matvecs if state else 0
-    if block_size == 'auto': block_size, spent = (state.block_size, 0) if state else _auto_block(op, k, n, seed)
     _check_stop(which, tol, tol_overlap, mask)
+    check_seed(seed)
+    for name, limit in dict(max_matvecs=max_matvecs, max_basis=max_basis).items():
+        if limit is not None: check_whole(name, limit, 1)
+    if block_size == 'auto':
+        block_size, spent = (state.block_size, 0) if state else _auto_block(op, k, max_matvecs, seed)
     b, limit, room, keep = _check_sizes(k, n, block_size, max_matvecs, max_basis)
     stop = _Stopping(k, which, tol, torch.finfo(op.dtype).eps, tol_overlap, None if mask is None else _indices(mask, n))
     vectors = start.eigvecs if isinstance(start, EighResult) else start
@@ -606,5 +692,7 @@ def eigsh(
     U, more = _finish(state, stop, bool(reason) and not keep_state and not resumed)
     if not reason: _warn_unconverged(state, stop)
     if vectors is not None: more['start_overlap'] = _captured(start, U)
-    return state._result(*stop.pairs, bool(reason), U, which=which, tol=tol, stopped_by=reason or 'max_matvecs',
-                         resumed=resumed, seconds=time.perf_counter()-began, **more)
+    result = state._result(*stop.pairs, bool(reason), U, which=which, tol=tol, stopped_by=reason or 'max_matvecs',
+                           resumed=resumed, seconds=time.perf_counter()-began, **more)
+    if reason and result.info['rank'] < k: _warn_rank(result, state.rounding)
+    return result

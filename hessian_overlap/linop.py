@@ -5,7 +5,10 @@
 # %% ../nbs/01_linop.ipynb #ad7ba95b
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,24 +16,37 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'two_norm']
+__all__ = ['check_device', 'LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'two_norm', 'power_of_two']
 
 # %% ../nbs/01_linop.ipynb #10fa3aae
+def check_device(
+    device: torch.device | str,  # of torch, and with memory of its own
+) -> torch.device:  # 'cuda' becomes 'cuda:0'
+    "A device that is there"
+    try: found = torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError, AttributeError):
+        raise ValueError(f"device must be one of this machine, such as 'cpu' or 'cuda', got {device!r}") from None
+    if found.type == 'meta': raise ValueError("nothing can be computed on the meta device: give 'cpu' or 'cuda'")
+    return found
+
 class LinearOperator:
     "A real matrix known by its products with blocks of vectors: `A @ V`, `A.T @ U`"
+    __array_ufunc__ = None  # NumPy leaves `array @ A` to the operator
     def __init__(self,
         shape: tuple[int, int],  # (rows, columns)
         dtype: torch.dtype,  # of what goes in and comes out: torch.float32 or torch.float64
         device: torch.device | str,  # where V must lie
         symmetric: bool = False,  # A.T is A; true of every curvature operator
     ):
-        self.shape = tuple(int(s) for s in shape)
+        self.shape = tuple(shape)
         self.dtype = dtype
-        self.device = torch.empty(0, device=device).device  # 'cuda' becomes 'cuda:0'
+        self.device = check_device(device)
         self.symmetric = symmetric
-        if len(self.shape) != 2 or min(self.shape) < 1:
-            raise ValueError(f'shape must be (rows, columns), both positive, got {shape}')
-        if not dtype.is_floating_point: raise TypeError(f'dtype must be real floating point, got {dtype}')
+        if len(self.shape) != 2 or any(s != int(s) or s < 1 for s in self.shape):
+            raise ValueError(f'shape must be (rows, columns), both positive integers, got {shape}')
+        self.shape = tuple(int(s) for s in shape)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f'dtype must be real floating point, got {dtype!r}')
         if symmetric and self.shape[0] != self.shape[1]:
             raise ValueError(f'a symmetric operator is square, got shape {self.shape}')
 
@@ -77,6 +93,21 @@ def T(self: LinearOperator) -> LinearOperator:  # (columns, rows)
     if self.symmetric: return self
     return self.A if isinstance(self, _Transposed) else _Transposed(self)
 
+LinearOperator.mT = LinearOperator.T
+
+@patch
+def adjoint(self: LinearOperator) -> LinearOperator:  # (columns, rows)
+    "The transpose, by the name that torch and curvlinops use"
+    return self.T
+
+@patch
+def __rmatmul__(self: LinearOperator,
+    U: Tensor,  # (rows,) or (m, rows), with the dtype and device of the operator
+) -> Tensor:  # (columns,) or (m, columns)
+    "The product U A"
+    if isinstance(U, Tensor) and U.dim() == 2: return (self.T @ U.T).T
+    return self.T @ U
+
 # %% ../nbs/01_linop.ipynb #23a9244f
 class FunctionLinearOperator(LinearOperator):
     "An operator from functions on blocks of columns"
@@ -103,36 +134,51 @@ class FunctionLinearOperator(LinearOperator):
         return self._check(self._rmm(U), self.shape[1], U.shape[1])
 
 # %% ../nbs/01_linop.ipynb #e18d07c2
+def _transposed(A):
+    "The transpose of a tensor, and whether it is the tensor itself"
+    T = A.mT if A.layout == torch.strided else A.t().coalesce()
+    if A.shape != T.shape: return T, False
+    if A.layout == torch.strided: return T, torch.equal(A, T)
+    return T, torch.equal(A.indices(), T.indices()) and torch.equal(A.values(), T.values())
+
 def _from_tensor(A):
-    "A two-dimensional tensor as an operator, symmetric if its entries are"
+    "A two-dimensional tensor as an operator, symmetric if its entries are; a sparse one as coordinates"
     if A.dim() != 2: raise ValueError(f'a matrix has two dimensions, got shape {tuple(A.shape)}')
-    matmat = lambda V: A @ V
-    symmetric = A.shape[0] == A.shape[1] and torch.equal(A, A.mT)
-    rmatmat = matmat if symmetric else lambda U: A.mT @ U
-    return FunctionLinearOperator(matmat, A.shape, rmatmat=rmatmat, dtype=A.dtype, device=A.device)
+    kind = dict(dtype=A.dtype, device=A.device)
+    LinearOperator(A.shape, **kind)  # refuses what cannot be compared
+    A = A.detach()
+    if A.layout != torch.strided: A = A.to_sparse_coo().coalesce()
+    entries = A if A.layout == torch.strided else A.values()
+    if not torch.isfinite(entries).all(): raise ValueError('the matrix has entries that are NaN or infinite')
+    T, symmetric = _transposed(A)
+    matmat = partial(operator.matmul, A)
+    return FunctionLinearOperator(matmat, A.shape, rmatmat=matmat if symmetric else partial(operator.matmul, T), **kind)
+
+def _adjoint_product(A, U): return A.adjoint() @ U
 
 def _from_curvlinops(A):
     "An operator on tensors, such as curvlinops': with `adjoint`, or `SELF_ADJOINT`, it has a transpose"
-    matmat = lambda V: A @ V
-    adjoint = getattr(A, 'adjoint', None)
+    matmat = partial(operator.matmul, A)
+    rmatmat = partial(_adjoint_product, A) if callable(getattr(A, 'adjoint', None)) else None
     if getattr(A, 'SELF_ADJOINT', False): rmatmat = matmat
-    elif callable(adjoint): rmatmat = lambda U: adjoint() @ U
-    else: rmatmat = None
     return FunctionLinearOperator(matmat, A.shape, rmatmat=rmatmat, dtype=A.dtype, device=A.device)
+
+def _numpy_product(product, dtype, V): return torch.from_numpy(np.ascontiguousarray(product(V.numpy()))).to(dtype)
 
 def _from_numpy(A):
     "A SciPy operator, sparse matrix or NumPy array as an operator on CPU tensors"
     from scipy.sparse.linalg import aslinearoperator as scipy_aslinearoperator
     S = scipy_aslinearoperator(A)
+    if np.dtype(S.dtype) not in (np.float32, np.float64):
+        raise TypeError(f'A has dtype {S.dtype}: convert it to float32 or float64')
     dtype = torch.from_numpy(np.empty(0, S.dtype)).dtype
-    if not dtype.is_floating_point: raise TypeError(f'A has dtype {S.dtype}: convert it to float32 or float64')
-    wrap = lambda f: lambda V: torch.from_numpy(np.ascontiguousarray(f(V.numpy()))).to(dtype)
+    wrap = lambda product: partial(_numpy_product, product, dtype)
     return FunctionLinearOperator(wrap(S.matmat), S.shape, rmatmat=wrap(S.rmatmat), dtype=dtype, device='cpu')
 
 # %% ../nbs/01_linop.ipynb #700e72ec
 def aslinearoperator(
-    A,  # LinearOperator, (rows, columns) tensor, NumPy array, SciPy or curvlinops operator, sparse matrix
-) -> LinearOperator:  # the same matrix; a tensor is not copied
+    A,  # LinearOperator, (rows, columns) tensor or NumPy array, dense or sparse, SciPy or curvlinops operator
+) -> LinearOperator:  # the same matrix; a dense tensor is not copied
     "A as a `LinearOperator`; the name and the meaning are SciPy's"
     if isinstance(A, LinearOperator): return A
     if isinstance(A, Tensor): return _from_tensor(A)
@@ -156,6 +202,11 @@ def to_scipy(self: LinearOperator):
     mm, rmm = wrap(self), wrap(self.T)
     return ScipyOperator(self.shape, matvec=mm, matmat=mm, rmatvec=rmm, rmatmat=rmm, dtype=dtype)
 
+@patch(as_prop=True)
+def matvec(self: LinearOperator):
+    "Where SciPy looks for a product with a NumPy array: an error that says what to give it"
+    raise TypeError('SciPy multiplies NumPy arrays and this operator tensors: give SciPy A.to_scipy()')
+
 # %% ../nbs/01_linop.ipynb #7d406540
 def two_norm(
     t: Tensor,  # of any shape
@@ -166,6 +217,15 @@ def two_norm(
     largest = t.abs().amax()
     if not largest > 0 or not torch.isfinite(largest): return norm
     return largest*torch.linalg.vector_norm(t/largest)
+
+def power_of_two(
+    t: Tensor,  # of any shape
+) -> float:  # positive
+    "The largest power of two that is at most the largest |entry|; 1 if that is zero or not finite"
+    largest = t.detach().abs().amax().item() if t.numel() else 0.
+    if largest == 0 or not math.isfinite(largest): return 1.
+    most = 126 if t.dtype == torch.float32 else 1022  # it and its inverse are normal numbers
+    return 2.**min(most, max(-most, math.frexp(largest)[1]-1))
 
 # %% ../nbs/01_linop.ipynb #ad334b3a
 class _Sum(LinearOperator):

@@ -14,7 +14,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .checks import check_seed, check_whole
 from .krylov import write_state
+from .linop import power_of_two
 from .noise import column_noise
 from hessian_overlap.quadrature import (
     OverlapEstimate,
@@ -79,17 +81,17 @@ class ShortLanczos:
     ):
         self.source, (self.A, self.n) = A, check_problem(A, 1)
         _, (rank,), self.ks, _ = check_slq(self.n, order, ks, None)
-        self.num_probes, self.seed = num_probes, seed
-        self.block_size = num_probes*(len(ks)+1)
-        if num_probes < 1: raise ValueError(f'num_probes must be at least 1, got {num_probes}')
+        self.num_probes, self.seed = check_whole('num_probes', num_probes, 1), check_seed(seed)
+        self.block_size = num_probes*(len(self.ks)+1)
         if self.block_size > self.n:
-            raise ValueError(f'{num_probes} probes of {len(ks)+1} rings are {self.block_size} columns, '
+            raise ValueError(f'{num_probes} probes of {len(self.ks)+1} rings are {self.block_size} columns, '
                              f'more than n = {self.n}')
         self.X = _ring_signs(self.n, self.ks, num_probes, seed, rank, self.A.dtype, self.A.device)
         self.last = None  # the block before X
         self.start = tsqr_(self.X)  # (b, b) float64: the signs in the first block
         self.diagonal, self.coupling = [], []  # blocks of the matrix, (b, b) float64 each step
         self.matvecs = 0
+        self.unit = 1.  # power of two near the norm of A, of which diagonal and coupling are multiples
         self.scale, self.noise = 0., 0.  # largest norm of an image, and asymmetry
     steps = property(lambda self: len(self.diagonal))
 
@@ -98,6 +100,11 @@ class ShortLanczos:
 def nbytes(self: ShortLanczos) -> int:  # bytes; three blocks within a step
     "Memory of the blocks between steps"
     return self.X.nbytes*(1 if self.last is None else 2)
+
+@patch(as_prop=True)
+def rounding(self: ShortLanczos) -> float:  # in units of λ
+    "What products and their rounding leave uncertain: four units in the last place of ‖A‖, or its asymmetry"
+    return max(self.noise, 4*torch.finfo(self.X.dtype).eps*self.scale)
 
 @patch
 def __repr__(self: ShortLanczos):
@@ -121,8 +128,8 @@ def _check_image(self: ShortLanczos, a, norms):
     if not finite.all():
         column = int((~finite).nonzero()[0])
         raise FloatingPointError(f'A @ V is not finite in block {self.steps+1}, column {column}')
-    self.scale = max(self.scale, norms.max().item())
-    self.noise = max(self.noise, (a-a.T).norm(dim=0).max().item()/2)
+    self.scale = max(self.scale, norms.max().item()*self.unit)
+    self.noise = max(self.noise, (a-a.T).norm(dim=0).max().item()/2*self.unit)
     if self.noise > max(1e-3, 1e3*torch.finfo(self.A.dtype).eps)*self.scale:
         raise ValueError('the operator is not symmetric: <u, Av> and <Au, v> '
                          f'differ by {self.noise/self.scale:.1e} of its norm')
@@ -131,16 +138,19 @@ def _check_image(self: ShortLanczos, a, norms):
 @patch
 def step(self: ShortLanczos):
     "One block of products"
+    if self.A is None: raise ValueError('a state that was pickled has no operator: go on by giving it as start=')
     W = self.A @ self.X
     mine = [P.data_ptr() for P in (self.X, self.last) if P is not None]
     if W.data_ptr() in mine: W = W.clone()
+    if self.scale == 0: self.unit = power_of_two(W)
+    W /= self.unit
     strips = _strips(self.n, self.block_size)
     norms = sum(W[lo:hi].double().square().sum(0).cpu() for lo, hi in strips).sqrt()
     a = self._deflate(W)
     self._check_image(a, norms)
     a = a + self._deflate(W)  # what rounding left
     B = tsqr_(W)
-    if B.diagonal().abs().min() < torch.finfo(W.dtype).eps**.5*self.scale:
+    if B.diagonal().abs().min() <= torch.finfo(W.dtype).eps**.5*self.scale/self.unit:
         self._deflate(W)  # a column was nearly nothing, and is mostly rounding now
         B = tsqr_(W) @ B
     self.last, self.X = self.X, W
@@ -161,7 +171,7 @@ def _first_rows(self: ShortLanczos, steps=None):
         T[following, here] = B
         T[here, following] = B.T
     theta, F = torch.linalg.eigh(T)
-    return theta, (F[:b].T @ self.start).view(len(theta), self.num_probes, -1)
+    return theta*self.unit, (F[:b].T @ self.start).view(len(theta), self.num_probes, -1)
 
 @patch
 def nodes(self: ShortLanczos,
@@ -173,7 +183,7 @@ def nodes(self: ShortLanczos,
 
 # %% ../nbs/24_masked_start.ipynb #5b270107
 _KEPT = ('n', 'ks', 'num_probes', 'seed', 'block_size', 'X', 'last', 'start', 'diagonal', 'coupling',
-         'matvecs', 'scale', 'noise')
+         'matvecs', 'unit', 'scale', 'noise')
 
 @patch
 def save(self: ShortLanczos,
@@ -190,14 +200,26 @@ def load(cls: ShortLanczos,
     "Read a state, to go on with the same operator"
     self, kept = cls.__new__(cls), torch.load(path, map_location='cpu', weights_only=True)
     if kept.pop('kind', None) != 'ShortLanczos': raise ValueError(f'{Path(path).name} holds no ShortLanczos state')
-    self.source, (self.A, n) = A, check_problem(A, 1)
-    size, dtype = kept['n'], kept['X'].dtype
-    if (n, self.A.dtype) != (size, dtype):
-        raise ValueError(f'the state is of a {dtype} operator of size {size}, A is {self.A.dtype} of size {n}')
-    for name, value in kept.items():
-        on_device = name in ('X', 'last') and value is not None
-        setattr(self, name, value.to(self.A.device) if on_device else value)
+    self.__dict__.update(dict(unit=1.) | kept)  # files from before there were units lack it
+    self._adopt(A)
     return self
+
+@patch
+def __getstate__(self: ShortLanczos): return {name: getattr(self, name) for name in _KEPT}
+
+@patch
+def __setstate__(self: ShortLanczos, state):
+    self.__dict__.update(state, A=None, source=None)
+
+@patch
+def _adopt(self: ShortLanczos, A):
+    "Go on with A, which has the size and dtype of the state's operator"
+    op, n = check_problem(A, 1)
+    if (n, op.dtype) != (self.n, self.X.dtype):
+        raise ValueError(f'the state is of a {self.X.dtype} operator of size {self.n}, A is {op.dtype} of size {n}')
+    self.X = self.X.to(op.device)
+    if self.last is not None: self.last = self.last.to(op.device)
+    self.source, self.A = A, op
 
 # %% ../nbs/24_masked_start.ipynb #a91053fb
 def _sampling(W, f, slope):
@@ -236,7 +258,7 @@ def _read(state, steps):
     stderr, half = _sampling(W, cut_weights(theta, counts, ks), slope)
     whole = W.flatten(1)*W.shape[2]**.5  # a mean over columns is then a sum over rings
     none = torch.zeros(len(theta), dtype=torch.bool)
-    limit = resolved_count(theta, whole, none, state.block_size)
+    limit = resolved_count(theta, whole, none, state.block_size, state.rounding)
     order, total = order_nodes(theta, whole, none)
     threshold = theta[order[torch.searchsorted(total, ks).clamp(max=len(order)-1)]].abs()
     return _Reading(masked(ks), stderr, half, masked(torch.full_like(ks, limit)), threshold, limit)
@@ -272,7 +294,7 @@ def overlap_slq_masked(
     "Overlaps at a few k, with 95% intervals, in three blocks of memory: quadrature started from masked random signs"
     began = time.perf_counter()
     state = start.info.get('state') if isinstance(start, OverlapEstimate) else start
-    if num_steps < 4: raise ValueError(f'num_steps must be at least 4, got {num_steps}')
+    num_steps, num_probes = check_whole('num_steps', num_steps, 4), check_whole('num_probes', num_probes, 1)
     if state is None and save and Path(save).exists(): state = ShortLanczos.load(save, A)
     if state is None: state = ShortLanczos(A, order, ks, num_probes=num_probes, seed=seed)
     _same_start(state, A, ks, num_probes, seed)
@@ -291,6 +313,7 @@ def _same_start(state, A, ks, num_probes, seed):
     if not isinstance(state, ShortLanczos):
         raise ValueError('start must be a ShortLanczos, or an estimate of overlap_slq_masked, '
                          f'got {type(state).__name__}')
+    if state.A is None: state._adopt(A)
     if state.source is not A and state.A is not A:
         raise ValueError('the state was grown with another operator: load it with this one')
     begun = dict(ks=state.ks.tolist(), num_probes=state.num_probes, seed=state.seed)

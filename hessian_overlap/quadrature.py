@@ -15,7 +15,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .krylov import BlockLanczos, resume_state
+from .checks import check_ks, check_order, check_seed, check_whole
+from .krylov import BlockLanczos, check_share, resume_state
+from .noise import stream_seed
 from .sketch import check_problem
 
 # %% auto #0
@@ -54,7 +56,7 @@ def ritz_quadrature(
 ) -> tuple:  # (m,) nodes ascending, (m, m) coefficients, (m, p) weights W, (m,) bool: an eigenpair; on the CPU
     "Quadrature of the probes' spectral measures: Ritz values, and what each is to each probe"
     theta, F, residuals = state.ritz(columns)
-    W = state._weights(F)
+    W = state.probe_weights(F)
     return theta, F, W, _is_eigenpair(theta, residuals, W)
 
 def node_counts(
@@ -68,9 +70,7 @@ def node_counts(
 def _grow_probes(A, num_probes, num_steps, seed, start, progress, least=1, **kw):
     "A state with at least so many steps"
     op, n = check_problem(A, 1)
-    if not least <= num_probes <= n:
-        raise ValueError(f'num_probes must be between {least} and n = {n}, got {num_probes}')
-    if num_steps < 4: raise ValueError(f'num_steps must be at least 4, got {num_steps}')
+    num_probes, num_steps = check_whole('num_probes', num_probes, least, n), check_whole('num_steps', num_steps, 4)
     if start is None: state = BlockLanczos(op, num_probes, seed=seed, **kw)
     else: state = resume_state(start, A, op)
     if state is None:
@@ -79,7 +79,8 @@ def _grow_probes(A, num_probes, num_steps, seed, start, progress, least=1, **kw)
     state.source = A
     steps = range(state.steps, num_steps)
     for _ in tqdm(steps, desc='quadrature', unit='step', leave=False, disable=not progress):
-        if state.size+2*state.newest > n or state.exhausted: break  # the space is spanned: eigsh is the better question
+        # the space is spanned: eigsh is the better question
+        if state.steps and (state.size+2*state.newest > n or state.exhausted): break
         state.step()
     return state
 
@@ -96,6 +97,7 @@ def spectral_density(
     progress: bool = False,  # a tqdm bar over steps
 ) -> SpectralDensity:  # for all of the spectrum
     "How many eigenvalues lie where, by block Lanczos quadrature (Ubaru, Chen and Saad 2017; Chen and Hallman 2023)"
+    check_seed(seed)
     basis = dict(basis_dtype=basis_dtype, basis_place=basis_place)
     state = _grow_probes(A, num_probes, num_steps, seed, start, progress, least=2, **basis)
     theta, F, W, exact = ritz_quadrature(state)
@@ -140,6 +142,7 @@ def density(self: SpectralDensity,
 ) -> Tensor:  # (g,) float64, per unit of λ; its integral is 1
     "Density of eigenvalues, smoothed"
     width = width or self.width
+    if not width > 0: raise ValueError(f'width must be positive, got {width}: all nodes may be the same, then give one')
     G = torch.exp(-((x.double()[:, None]-self.nodes)/width)**2/2)/(width*math.sqrt(2*math.pi))
     return G @ self.counts.mean(1)/self.counts.mean(1).sum()
 
@@ -184,7 +187,7 @@ def _cut_vectors(state, columns, ks):
     f, rest = cut_weights(theta, node_counts(W, exact), ks), ~exact
     sampled = torch.einsum('cj,jk,ji->cki', F[:, rest], f[rest].sqrt(), W[rest]).flatten(1)
     N = torch.einsum('ji,jk,jl->kil', W[rest], f[rest], W[rest])
-    place = dict(device=state.A.device, dtype=state.A.dtype)
+    place = dict(device=state.basis.device, dtype=state.basis.dtype)
     return F[:, exact].to(**place), f[exact], sampled.to(**place), N
 
 # %% ../nbs/23_quadrature.ipynb #f11285d6
@@ -199,7 +202,7 @@ def _products(Y, cell, size):
 
 def _sums(state, exact, sampled, p, places, sizes, labels):
     "Of each ordering: squares (M, G, E), mean squares (M, G, K) and products (M, K, p, p) of its first m parameters"
-    M, G, K, device = len(sizes), int(labels.max())+1, sampled.shape[1]//p, state.A.device
+    M, G, K, device = len(sizes), int(labels.max())+1, sampled.shape[1]//p, state.basis.device
     zeros = lambda *shape: torch.zeros(M+1, *shape, dtype=torch.float64, device=device)
     out = [(zeros(G, exact.shape[1]), zeros(G, K), zeros(K, p, p)) for _ in places]
     for lo, P in state.basis.strips(len(exact)):
@@ -251,11 +254,13 @@ def resolved_count(
     W: Tensor,  # (m, p) their probe weights
     exact: Tensor,  # (m,) bool: the node is an eigenvalue
     block: int,  # columns of a block
+    rounding: float = 0.,  # magnitude up to which a node may be zero
 ) -> float:  # between 0 and n
-    "Number of eigenvalues up to the last node that is resolved"
+    "Number of eigenvalues up to the last node that is resolved and above rounding"
     order, total = order_nodes(theta, W, exact)
     leading = int(exact[order].long().cumprod(0).sum())  # eigenvalues with nothing else before them
-    last = max(len(order)-math.ceil(1.5*block), leading)
+    above = int((theta.abs() > rounding).sum())
+    last = min(max(len(order)-math.ceil(1.5*block), leading), above)
     return total[last-1].item() if last > 0 else 0.
 
 # %% ../nbs/23_quadrature.ipynb #3171250b
@@ -264,7 +269,7 @@ def resolved(
 ) -> float:  # between 0 and n
     "The largest k to cut at: 1.5 blocks of nodes lie between the cut and zero, or all before it are eigenvalues"
     theta, _, W, exact = ritz_quadrature(state)
-    return resolved_count(theta, W, exact, state.block_size)
+    return resolved_count(theta, W, exact, state.block_size, state.rounding)
 
 def cut_nodes(
     state: BlockLanczos,  # info['state'] of overlap_slq
@@ -362,10 +367,7 @@ def _estimate(states, places, ks, labels):
 # %% ../nbs/23_quadrature.ipynb #02098e23
 def _places(order, n, name):
     "(n,) int64: where in an ordering each parameter stands"
-    fits = isinstance(order, Tensor) and order.dtype == torch.int64 and order.shape == (n,)
-    if not fits or (order.cpu().bincount(minlength=n) != 1).any():
-        which = f', {name!r} does not' if name else ''
-        raise ValueError(f'an ordering must hold each of the {n} parameter indices once{which}')
+    check_order(order, n, name or None)
     return torch.empty(n, dtype=torch.int64).scatter_(0, order.cpu(), torch.arange(n))
 
 def check_slq(
@@ -378,11 +380,10 @@ def check_slq(
     orders = order if isinstance(order, dict) else {'': order}
     places = [_places(o, n, name) for name, o in orders.items()]
     if ks is None: ks = torch.logspace(math.log10(max(1, n/1000)), math.log10(n/2), 20).round().long().unique()
-    ks = torch.as_tensor(ks)
-    fits = ks.dim() == 1 and len(ks) and ks.dtype == torch.int64
-    if not fits or ks[0] < 1 or ks[-1] >= n or (ks.diff() <= 0).any():
-        raise ValueError(f'ks must be integers that ascend between 1 and n - 1 = {n-1}')
-    labels = torch.zeros(n, dtype=torch.int64) if groups is None else groups.cpu()
+    ks = check_ks(ks, n-1, limit='n - 1')
+    labels = torch.zeros(n, dtype=torch.int64) if groups is None else groups
+    if not isinstance(labels, Tensor): raise TypeError(f'groups must be int64 labels, got {type(groups).__name__}')
+    labels = labels.cpu()
     if labels.shape != (n,) or labels.dtype != torch.int64 or labels.min() < 0:
         raise ValueError(f'groups must be ({n},) int64 labels from 0')
     return list(orders), places, ks, labels
@@ -396,12 +397,8 @@ def is_trusted(
     state,  # BlockLanczos or ShortLanczos: for what rounding does to A
 ) -> Tensor:  # (K,) bool
     "Whether each estimate is resolved: the cut is, the steps agree, and the cut is above what rounding does to A"
-    basis = getattr(state, 'basis', None)
-    # if the basis is rounded, so is its asymmetry, of which Rayleigh and Ritz know
-    noise = 0. if basis is not None and basis.lossy else state.noise
-    floor = max(noise, 4*torch.finfo(state.A.dtype).eps*state.scale)
     agree = e['resolution'] <= torch.maximum(3*e['stderr'], .05*torch.maximum(e['overlap'], ks/state.n))
-    return agree & (ks <= limit) & (tau.abs() >= floor)
+    return agree & (ks <= limit) & (tau.abs() > state.rounding)
 
 # %% ../nbs/23_quadrature.ipynb #d34e159f
 def warn_unresolved(
@@ -447,6 +444,9 @@ def overlap_slq(
     "Overlap curve by exact leading pairs and block Lanczos quadrature for the rest, with 95% intervals"
     began, n = time.perf_counter(), check_problem(A, 1)[1]
     names, places, ks, labels = check_slq(n, order, ks, groups)
+    check_seed(seed)
+    if tol is not None: check_share('tol', tol)
+    if max_matvecs is not None: check_whole('max_matvecs', max_matvecs, 1)
     basis = dict(basis_dtype=basis_dtype, basis_place=basis_place)
     if isinstance(start, OverlapEstimate): start = start.info['state']
     states = [_grow_probes(A, num_probes, num_steps, seed, start, progress, **basis)]
@@ -492,6 +492,6 @@ def _refine(A, states, read, places, ks, labels, tol, max_matvecs, progress, bas
         if more_steps:
             states = [_grow_probes(A, first.block_size, first.steps+extra, s.seed, s, progress) for s in states]
         else:
-            seed = first.seed+2**32*len(states)
+            seed = stream_seed(first.seed, len(states))
             states = [*states, _grow_probes(A, first.block_size, first.steps, seed, None, progress, **basis)]
         read = _estimate(states, places, ks, labels)

@@ -16,49 +16,87 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .linop import LinearOperator, aslinearoperator
-from .noise import STREAM, column_noise
+from .checks import check_seed, check_whole
+from .files import write_atomic
+from .linop import LinearOperator, aslinearoperator, check_device, power_of_two
+from .noise import column_noise, stream_seed
 from .synthmat import dct, idct
 
 # %% auto #0
-__all__ = ['EighResult', 'check_problem', 'TestMatrix', 'Sketch', 'operator_images', 'seigh', 'SVDResult', 'ssvd']
+__all__ = ['EighResult', 'numerical_rank', 'check_problem', 'check_symmetric', 'TestMatrix', 'Sketch', 'operator_images', 'seigh',
+           'SVDResult', 'ssvd']
 
 # %% ../nbs/20_sketch.ipynb #4cbd44b4
-def _trust(info):
-    "How far a result can be trusted, in a few words"
+def _trust(info, k):
+    "How far a result of k pairs can be trusted, in a few words"
     trust = {True: 'converged', False: 'NOT CONVERGED', None: 'error not measured'}[info['converged']]
     norms = info.get('residual_norms')
-    if norms is None: return trust
-    residuals = f'residuals up to {norms.max().item():.1e}'
-    if info['converged'] is None: return residuals
-    if info.get('overlap') is None: return f'{trust}, {residuals}'
-    overlap = f"overlap {info['overlap']:.6g} ± {info['overlap_error']:.0e}"
-    return f"{trust} ({info['stopped_by']}), {overlap}, {residuals}"
+    if norms is not None:
+        residuals = f'residuals up to {norms.max().item():.1e}'
+        trust = residuals if info['converged'] is None else f'{trust}, {residuals}'
+    if info.get('overlap') is not None:
+        overlap = f"overlap {info['overlap']:.6g} ± {info['overlap_error']:.0e}"
+        trust = trust.replace(', ', f" ({info['stopped_by']}), {overlap}, ", 1)
+    rank = info.get('rank', k)
+    return trust if rank >= k else f'{trust}; RANK {rank}, the others are rounding'
 
 class EighResult(NamedTuple):
     "Leading eigenpairs of a symmetric operator and how they were found"
     eigvals: Tensor  # (k,) in the operator's dtype and device; largest |eigenvalue| first unless which says otherwise
     eigvecs: Tensor  # (n, k) orthonormal columns, in the same order
-    # method, matvecs, seconds, seed, converged (True, False, or None: not checked), residual_norms (k,) or None, ...
+    # method, matvecs, seconds, seed, converged (True, False, or None: not checked), residual_norms (k,) or None,
+    # rank: how many eigenvalues are above rounding, ...
     info: dict
     def __repr__(self):
         n, k = self.eigvecs.shape
         i = self.info
         ends = f'λ1 = {self.eigvals[0].item():.6g}, λ{k} = {self.eigvals[-1].item():.6g}'
-        return f"EighResult({i['method']}: {k} of {n} eigenpairs, {ends}; {i['matvecs']} matvecs; {_trust(i)})"
+        return f"EighResult({i['method']}: {k} of {n} eigenpairs, {ends}; {i['matvecs']} matvecs; {_trust(i, k)})"
+
+# %% ../nbs/20_sketch.ipynb #374d0560
+def numerical_rank(
+    theta: Tensor,  # (m,) all eigenvalues that were computed
+    wanted: Tensor,  # (k,) positions of those that were asked for, in their order
+    rounding: float,  # magnitude that rounding can give to an eigenvalue of zero
+    which: str = 'LM',  # the order, as in `eigsh`
+) -> int:  # between 0 and k
+    "How many leading eigenvalues are larger than rounding"
+    zero = theta.abs() <= rounding
+    if which != 'LM' and zero.sum() < 2: return len(wanted)
+    return int((~zero[wanted]).long().cumprod(0).sum())
 
 # %% ../nbs/20_sketch.ipynb #26e5713b
 def _check_k(k, n):
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
         raise ValueError(f'k must be an integer between 1 and n = {n}, got {k!r}')
 
-def check_problem(A, k):
+def _check_precision(A):
+    if A.dtype in (torch.float32, torch.float64): return
+    raise TypeError(f'A is {A.dtype}, for which there is no QR decomposition: multiply in float32 or float64')
+
+def check_problem(
+    A,  # (n, n) LinearOperator, tensor, SciPy or curvlinops operator
+    k: int,  # number of eigenpairs, 1 ≤ k ≤ n
+) -> tuple[LinearOperator, int]:  # A, and n
     "A as a square operator, and k as a number of its eigenpairs"
     A = aslinearoperator(A)
     n = A.shape[0]
     if n != A.shape[1]: raise ValueError(f'eigenpairs need a square operator, got shape {A.shape}')
     _check_k(k, n)
+    _check_precision(A)
     return A, n
+
+def check_symmetric(
+    Z: Tensor,  # (n, 2) random vectors with entries of size one
+    Y: Tensor,  # (n, 2) their images
+):
+    "Raises if they contradict symmetry by more than a thousandth"
+    if Z.shape[1] < 2: return
+    Y = Y.double()/power_of_two(Y)
+    G = Z.double().T @ Y
+    off = (G[0, 1]-G[1, 0]).abs()/Y.norm(dim=0).sum().clamp(min=1e-300)
+    if off <= 1e-3: return
+    raise ValueError(f'the operator is not symmetric: <u, Av> and <Au, v> differ by {off:.1e} of its norm')
 
 # %% ../nbs/20_sketch.ipynb #02f7d6c6
 class TestMatrix(LinearOperator):
@@ -69,14 +107,15 @@ class TestMatrix(LinearOperator):
         m: int,  # columns, at most n for 'ssrft'
         kind: str = 'ssrft',  # 'ssrft', 'gauss' or 'sign'
         *,
-        seed: int,  # at least 0
+        seed: int,  # from 0 to 2³² - 1, or what stream_seed made of one
         dtype: torch.dtype = torch.float64,  # of its entries
         device: torch.device | str = 'cpu',  # where columns and products are made
     ):
-        super().__init__((n, m), dtype, device)
+        super().__init__((check_whole('n', n, 1), check_whole('m', m, 1)), dtype, device)
         if kind not in ('ssrft', 'gauss', 'sign'):
             raise ValueError(f"test_matrix must be 'ssrft', 'gauss' or 'sign', got {kind!r}")
         if kind == 'ssrft' and m > n: raise ValueError(f'an SSRFT has at most n = {n} columns, got {m}')
+        column_noise(0, (), seed=seed)  # refuses what is no seed
         self.kind, self.seed = kind, seed
         if kind != 'ssrft': return
         key = np.array([seed, 2**64-1], dtype=np.uint64)  # of a stream that no column uses
@@ -127,6 +166,8 @@ def _rmatmat(self: TestMatrix, U):
 _WHOLE = dict(core='num_outer', singlepass='num_inner', nystrom='num_inner')  # how many whole images a recovery keeps
 
 def _check_sizes(k, num_outer, num_inner, n):
+    check_whole('num_outer', num_outer, 1)
+    check_whole('num_inner', num_inner, 1)
     if k <= num_outer <= num_inner <= n: return
     raise ValueError(f'k ≤ num_outer ≤ num_inner ≤ n must hold, got {k}, {num_outer}, {num_inner}, {n}')
 
@@ -147,16 +188,22 @@ class Sketch:
         dtype: torch.dtype = torch.float64,  # of the operator
         device: torch.device | str = 'cpu',  # of the operator
     ):
-        _check_sizes(1, num_outer, num_inner, n)
+        _check_sizes(1, num_outer, num_inner, check_whole('n', n, 1))
+        device, seed = check_device(device), check_seed(seed)
         _one_of("a sketch's recovery", recovery, _WHOLE)
         self.settings = dict(n=n, num_outer=num_outer, num_inner=num_inner, test_matrix=test_matrix,
                              recovery=recovery, seed=seed, dtype=dtype)
-        test = lambda seed: TestMatrix(n, num_inner, test_matrix, seed=seed, dtype=dtype, device=device)
-        self.Omega, self.Psi = (test(s) for s in (seed, seed+STREAM))
         self.columns, self.seconds = [], 0.
         self.whole = self.settings[_WHOLE[recovery]]
         self.Y = torch.empty(n, 0, dtype=dtype, device=device)  # whole images, of the measured columns below `whole`
+        self._make_tests()
         self.W = self.Y[:num_inner if recovery == 'core' else 0]  # all measured columns seen through Psi
+    def _make_tests(self):
+        "Two independent test matrices"
+        s = self.settings
+        size, place = (s['n'], s['num_inner']), dict(dtype=s['dtype'], device=self.Y.device)
+        seeds = s['seed'], stream_seed(s['seed'], 1)
+        self.Omega, self.Psi = (TestMatrix(*size, s['test_matrix'], seed=seed, **place) for seed in seeds)
     def __repr__(self):
         s = self.settings
         made = f"{len(self.columns)} of {s['num_inner']} measurements made"
@@ -207,12 +254,23 @@ def measure(self: Sketch,
     for c, y in operator_images(A, self.Omega.columns, columns, progress):
         Y.append(y[:, [j < self.whole for j in c]])
         W.append(self.Psi.T @ y if s['recovery'] == 'core' else y[:0])
+        if c[:2] == [0, 1]: check_symmetric(self.Omega.columns(c[:2]), y[:, :2])
     self.columns = self.columns+columns
     self.Y, self.W = torch.cat(Y, 1), torch.cat(W, 1)
     self.seconds += time.perf_counter()-start
     return self
 
 # %% ../nbs/20_sketch.ipynb #92937425
+@patch
+def __getstate__(self: Sketch):
+    "The test matrices are made again from the settings"
+    return {name: v for name, v in self.__dict__.items() if name not in ('Omega', 'Psi')}
+
+@patch
+def __setstate__(self: Sketch, state):
+    self.__dict__.update(state)
+    self._make_tests()
+
 @patch
 def merge(self: Sketch,
     *others: Sketch,  # with the same settings, and other columns
@@ -234,11 +292,11 @@ def merge(self: Sketch,
 # %% ../nbs/20_sketch.ipynb #dcfdb17c
 @patch
 def save(self: Sketch,
-    path: str | Path,  # of the file; its folder exists
+    path: str | Path,  # of the file, replaced in one moment; its folder exists
 ):
     "Write settings and measurements to a file"
     made = dict(columns=self.columns, seconds=self.seconds, Y=self.Y.cpu(), W=self.W.cpu())
-    torch.save(dict(settings=self.settings, **made), path)
+    write_atomic(path, lambda f: torch.save(dict(settings=self.settings, **made), f))
 
 @patch(cls_method=True)
 def load(cls: Sketch,
@@ -293,13 +351,15 @@ def _nystrom(s, Y, W):
 _RECOVER = dict(core=_core, singlepass=_singlepass, nystrom=_nystrom)
 
 # %% ../nbs/20_sketch.ipynb #5863aa19
-def _from_core(Q, M, k, what):
+def _from_core(Q, M, unit, k, what):
     "The k leading eigenpairs of QMQᵀ for a core M in float64, and info with the first eigenvalue not among them"
     theta, F = torch.linalg.eigh((M+M.T)/2)
     top = theta.abs().argsort(descending=True, stable=True)
-    next_eigval = theta[top[k]].item() if k < len(top) else None
-    info = dict(method='seigh', converged=None, residual_norms=None, next_eigval=next_eigval) | what
-    return EighResult(theta[top[:k]].to(Q.dtype), Q @ F[:, top[:k]].to(Q.dtype), info)
+    rank = numerical_rank(theta, top[:k], what['num_inner']*torch.finfo(Q.dtype).eps*theta.abs().max().item())
+    theta = theta[top]*unit
+    next_eigval = theta[k].item() if k < len(top) else None
+    info = dict(method='seigh', converged=None, rank=rank, residual_norms=None, next_eigval=next_eigval) | what
+    return EighResult(theta[:k].to(Q.dtype), Q @ F[:, top[:k]].to(Q.dtype), info)
 
 # %% ../nbs/20_sketch.ipynb #a727c853
 @patch
@@ -318,11 +378,13 @@ def recover(self: Sketch,
     whole = [c for c in self.columns if c < self.whole]
     Y = self.Y[:, sorted(range(len(whole)), key=whole.__getitem__)]
     W = self.W[:, sorted(range(len(self.columns)), key=self.columns.__getitem__)]
-    Q, M = _RECOVER[s['recovery']](self, Y, W)
+    if self.whole > 1: check_symmetric(self.Omega.columns([0, 1]), Y[:, :2])
+    unit = power_of_two(Y)
+    Q, M = _RECOVER[s['recovery']](self, Y/unit, W/unit)
     info = {key: s[key] for key in ('num_outer', 'num_inner', 'test_matrix', 'recovery', 'seed')}
     info |= dict(matvecs=len(self.columns), passes=1, basis_bytes=self.Y.numel()*self.Y.element_size())
     info['seconds'] = self.seconds+time.perf_counter()-start
-    return _from_core(Q, M, k, info)
+    return _from_core(Q, M, unit, k, info)
 
 # %% ../nbs/20_sketch.ipynb #738e0895
 def _image(A, vectors, m, progress, which=''):
@@ -337,13 +399,16 @@ def _hmt(A, k, num_outer, num_power, test_matrix, seed, progress):
     passes = num_power+2
     for i in range(passes):
         Y = _image(A, vectors, num_outer, progress, f' of pass {i+1}')
+        if i == 0: check_symmetric(vectors(range(num_outer)[:2]), Y[:, :2])
+        unit = power_of_two(Y)
+        Y = Y/unit
         if i == passes-1: break
         Q = torch.linalg.qr(Y).Q
         vectors = _columns_of(Q)
     info = dict(num_outer=num_outer, num_inner=num_outer, test_matrix=test_matrix, recovery='hmt', seed=seed,
                 num_power=num_power, matvecs=num_outer*passes, passes=passes, basis_bytes=2*Y.numel()*Y.element_size())
-    r = _from_core(Q, (Q.T @ Y).double(), k, info)
-    r.info['residual_norms'] = (Y @ (Q.T @ r.eigvecs) - r.eigvecs*r.eigvals).norm(dim=0).double().cpu()
+    r = _from_core(Q, (Q.T @ Y).double(), unit, k, info)
+    r.info['residual_norms'] = (Y @ (Q.T @ r.eigvecs) - r.eigvecs*(r.eigvals/unit)).norm(dim=0).double().cpu()*unit
     return r
 
 # %% ../nbs/20_sketch.ipynb #267988cc
@@ -355,8 +420,7 @@ def _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known):
     if recovery != 'hmt' and num_power is not None:
         raise ValueError(f"num_power is for recovery='hmt', not {recovery!r}")
     num_power = 0 if num_power is None else num_power
-    if isinstance(num_power, bool) or not isinstance(num_power, int) or num_power < 0:
-        raise ValueError(f'num_power must be an integer, at least 0, got {num_power!r}')
+    check_whole('num_power', num_power, 0)
     if num_outer is None: num_outer = min(k+5, n)
     if num_inner is None: num_inner = num_outer if recovery == 'hmt' else min(2*num_outer, n)
     _check_sizes(k, num_outer, num_inner, n)
@@ -381,6 +445,7 @@ def seigh(
     "Sketched eigendecomposition (Fernandez et al. 2025; Tropp et al. 2019)"
     start = time.perf_counter()
     A, n = check_problem(A, k)
+    check_seed(seed)
     known = (*_WHOLE, 'hmt')
     num_outer, num_inner, num_power = _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known)
     if recovery == 'hmt': r = _hmt(A, k, num_outer, num_power, test_matrix, seed, progress)
@@ -405,35 +470,42 @@ class SVDResult(NamedTuple):
         i = self.info
         ends = f'σ1 = {self.S[0].item():.6g}, σ{k} = {self.S[-1].item():.6g}'
         what = f"{i['method']}: {k} singular triplets of {m} x {n}"
-        return f"SVDResult({what}, {ends}; {i['matvecs']} matvecs; {_trust(i)})"
+        return f"SVDResult({what}, {ends}; {i['matvecs']} matvecs; {_trust(i, k)})"
 
 # %% ../nbs/20_sketch.ipynb #0b486e71
 def _svd_core(A, o, i, test, progress):
-    "Q, M, P of A ≈ QMPᵀ (Tropp et al. 2019), and the products used"
+    "Q, M, P and unit of A ≈ QMPᵀ·unit (Tropp et al. 2019), and the products used"
     Upsilon, Omega, Psi = test(A.shape[0], o, 2), test(A.shape[1], i, 0), test(A.shape[0], i, 1)
-    P = torch.linalg.qr(_image(A.T, Upsilon.columns, o, progress, ' of the transpose')).Q
+    X = _image(A.T, Upsilon.columns, o, progress, ' of the transpose')
+    P = torch.linalg.qr(X/power_of_two(X)).Q
     Y, W = [], []
     for c, y in operator_images(A, Omega.columns, range(i), progress):
         Y.append(y[:, [j < o for j in c]])
         W.append(Psi.T @ y)
-    Q = torch.linalg.qr(torch.cat(Y, 1)).Q
-    return Q, _fit_core(Psi.T @ Q, torch.cat(W, 1), Omega.T @ P), P, i+o
+    Y, W = torch.cat(Y, 1), torch.cat(W, 1)
+    unit = power_of_two(Y)
+    Q = torch.linalg.qr(Y/unit).Q
+    return Q, _fit_core(Psi.T @ Q, W/unit, Omega.T @ P), P, unit, i+o
 
 def _svd_singlepass(A, o, i, test, progress):
-    "Q, M, P of A ≈ Q(ΨᵀQ)⁺(ΨᵀA) with ΨᵀA = (PR)ᵀ (Tropp et al. 2017; Nakatsukasa 2020)"
+    "Q, M, P and unit of A ≈ Q(ΨᵀQ)⁺(ΨᵀA) with ΨᵀA = (PR)ᵀ (Tropp et al. 2017; Nakatsukasa 2020)"
     Omega, Psi = test(A.shape[1], o, 0), test(A.shape[0], i, 1)
     X = _image(A.T, Psi.columns, i, progress, ' of the transpose')
-    Q = torch.linalg.qr(_image(A, Omega.columns, o, progress)).Q
-    P, R = torch.linalg.qr(X)
-    return Q, _pinv_apply((Psi.T @ Q).double(), R.T.double()), P, i+o
+    Y = _image(A, Omega.columns, o, progress)
+    unit = power_of_two(X)
+    Q = torch.linalg.qr(Y/power_of_two(Y)).Q
+    P, R = torch.linalg.qr(X/unit)
+    return Q, _pinv_apply((Psi.T @ Q).double(), R.T.double()), P, unit, i+o
 
 def _svd_hmt(A, o, num_power, test, progress):
-    "Q, M, P of A ≈ QQᵀA with AᵀQ = PMᵀ after power iterations (Halko et al. 2011, algorithm 4.4)"
+    "Q, M, P and unit of A ≈ QQᵀA with AᵀQ = PMᵀ after power iterations (Halko et al. 2011, algorithm 4.4)"
     Q = test(A.shape[1], o, 0).columns(range(o))
     for p in range(2*num_power+2):  # A and its transpose in turn; the last pass is AᵀQ
         left = Q
-        Q, R = torch.linalg.qr(_image(A.T if p % 2 else A, _columns_of(left), o, progress, f' of pass {p+1}'))
-    return left, R.T, Q, o*(2*num_power+2)
+        Y = _image(A.T if p % 2 else A, _columns_of(left), o, progress, f' of pass {p+1}')
+        unit = power_of_two(Y)
+        Q, R = torch.linalg.qr(Y/unit)
+    return left, R.T, Q, unit, o*(2*num_power+2)
 
 # %% ../nbs/20_sketch.ipynb #0a6a0109
 def ssvd(
@@ -454,14 +526,17 @@ def ssvd(
     A = aslinearoperator(A)
     n, known = min(A.shape), ('core', 'singlepass', 'hmt')
     _check_k(k, n)
+    _check_precision(A)
+    check_seed(seed)
     o, i, num_power = _check_recovery(k, num_outer, num_inner, n, recovery, num_power, known)
     def test(rows, m, stream):
-        return TestMatrix(rows, m, test_matrix, seed=seed+stream*STREAM, dtype=A.dtype, device=A.device)
-    if recovery == 'hmt': Q, M, P, matvecs = _svd_hmt(A, o, num_power, test, progress)
-    elif recovery == 'core': Q, M, P, matvecs = _svd_core(A, o, i, test, progress)
-    else: Q, M, P, matvecs = _svd_singlepass(A, o, i, test, progress)
+        return TestMatrix(rows, m, test_matrix, seed=stream_seed(seed, stream), dtype=A.dtype, device=A.device)
+    if recovery == 'hmt': Q, M, P, unit, matvecs = _svd_hmt(A, o, num_power, test, progress)
+    elif recovery == 'core': Q, M, P, unit, matvecs = _svd_core(A, o, i, test, progress)
+    else: Q, M, P, unit, matvecs = _svd_singlepass(A, o, i, test, progress)
     F, S, Gh = torch.linalg.svd(M.double(), full_matrices=False)
-    info = dict(method='ssvd', recovery=recovery, matvecs=matvecs, converged=None, residual_norms=None,
+    rank = numerical_rank(S, torch.arange(k), i*torch.finfo(A.dtype).eps*S[0].item())
+    info = dict(method='ssvd', recovery=recovery, matvecs=matvecs, converged=None, rank=rank, residual_norms=None,
                 num_outer=o, num_inner=i, num_power=num_power, test_matrix=test_matrix, passes=2+2*num_power,
                 seconds=time.perf_counter()-start, seed=seed)
-    return SVDResult(Q @ F[:, :k].to(A.dtype), S[:k].to(A.dtype), Gh[:k].to(A.dtype) @ P.T, info)
+    return SVDResult(Q @ F[:, :k].to(A.dtype), (S[:k]*unit).to(A.dtype), Gh[:k].to(A.dtype) @ P.T, info)

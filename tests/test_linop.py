@@ -1,11 +1,18 @@
 "Laws of operators: one table of operators, every law over all of them"
 
+import importlib.util
+import pickle
+import sys
+import types
+import warnings
+
 import numpy as np
 import pytest
 import scipy.sparse
+import scipy.sparse.linalg
 import torch
 
-from hessian_overlap.linop import FunctionLinearOperator, LinearOperator, aslinearoperator
+from hessian_overlap.linop import FunctionLinearOperator, LinearOperator, aslinearoperator, power_of_two
 from hessian_overlap.noise import column_noise
 from hessian_overlap.sketch import TestMatrix
 from hessian_overlap.synthmat import SynthOperator, dct, idct, synth_eigvals
@@ -19,10 +26,21 @@ def _function(dtype, device):
     return FunctionLinearOperator(lambda V: t @ V, t.shape, rmatmat=lambda U: t.T @ U, dtype=dtype, device=device)
 
 
+def _quiet_csr(t):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # torch calls it a beta
+        return t.to_sparse_csr()
+
+
 CASES = {
     'tensor': lambda dt, dev: aslinearoperator(torch.as_tensor(M, dtype=dt, device=dev)),
     'symmetric tensor': lambda dt, dev: aslinearoperator(torch.as_tensor(M.T @ M, dtype=dt, device=dev)),
     'function': _function,
+    'sparse tensor': lambda dt, dev: aslinearoperator(torch.as_tensor(M, dtype=dt, device=dev).to_sparse()),
+    'sparse rows': lambda dt, dev: aslinearoperator(_quiet_csr(torch.as_tensor(M, dtype=dt, device=dev))),
+    'symmetric sparse tensor': lambda dt, dev: aslinearoperator(
+        torch.as_tensor(M.T @ M, dtype=dt, device=dev).to_sparse()
+    ),
     'numpy': lambda dt, dev: aslinearoperator(M.astype(torch.empty(0, dtype=dt).numpy().dtype)),
     'sparse': lambda dt, dev: aslinearoperator(
         scipy.sparse.csr_array(M.astype(torch.empty(0, dtype=dt).numpy().dtype))
@@ -88,6 +106,29 @@ def test_linear_and_columnwise(A):
     assert W.dtype == A.dtype and W.device == A.device and (A @ V[:, :0]).shape == (A.shape[0], 0)
 
 
+def test_from_the_left(A):
+    "A tensor may stand on either side, and the transpose has the names that tensors have"
+    U = noise(A.shape[0], 3, A)
+    W = A.T @ U
+    close(U.T @ A, W.T, A)
+    close(U[:, 0] @ A, W[:, 0], A)
+    close(A.mT @ U, W, A)
+    close(A.adjoint() @ U, W, A)
+    with pytest.raises(ValueError, match='V must be'):
+        U @ A.T if A.shape[0] != A.shape[1] else U[:2].T @ A
+    with pytest.raises(TypeError, match='to_scipy'):
+        np.ones(A.shape[0]) @ A
+
+
+def test_pickled(name, A):
+    if name in ('function', 'transposed', 'sum', 'block', 'via SciPy'):
+        pytest.skip('made of functions of this file that have no name')
+    V = noise(A.shape[1], 2, A)
+    B = pickle.loads(pickle.dumps(A))
+    assert torch.equal(B @ V, A @ V) and B.symmetric == A.symmetric
+    close(B.T @ (A @ V), A.T @ (A @ V), A)
+
+
 def test_input_not_changed(A):
     V = noise(A.shape[1], 2, A)
     V0 = V.clone()
@@ -130,11 +171,57 @@ def test_refused(V, error, says):
         (lambda: aslinearoperator(torch.ones(3)), ValueError),
         (lambda: aslinearoperator(np.eye(2, dtype=complex)), TypeError),
         (lambda: aslinearoperator(None), TypeError),
+        (lambda: LinearOperator((2.5, 2), torch.float32, 'cpu'), ValueError),
+        (lambda: LinearOperator((2, 2), 'float32', 'cpu'), TypeError),
+        (lambda: LinearOperator((2, 2), torch.float32, 'gpu'), ValueError),
+        (lambda: aslinearoperator(torch.eye(3, device='meta')), ValueError),
+        (lambda: aslinearoperator(torch.eye(3) * float('nan')), ValueError),
+        (lambda: aslinearoperator(torch.eye(3, dtype=torch.complex64)), TypeError),
+        (lambda: aslinearoperator(torch.eye(3) > 0), TypeError),
+        (lambda: aslinearoperator(torch.eye(3).to_sparse() * float('inf')), ValueError),
+        (lambda: aslinearoperator(np.eye(2, dtype=np.float16)), TypeError),
+        (lambda: aslinearoperator(np.eye(2, dtype=np.longdouble)), TypeError),
     ],
 )
 def test_bad_operators(make, error):
-    with pytest.raises(error):
+    with pytest.raises(error, match='.{15}') as caught:
         make()
+    assert caught.traceback[-1].path.name == 'linop.py'
+
+
+def test_scipy_is_told_what_to_take():
+    "Its eigsh reads the dtype before anything else: when this fails, the sentence in the page can go"
+    A = aslinearoperator(torch.eye(4))
+    for call in (scipy.sparse.linalg.aslinearoperator, lambda A: scipy.sparse.linalg.svds(A, 1)):
+        with pytest.raises(TypeError, match='to_scipy'):
+            call(A)
+    with pytest.raises(TypeError, match='Cannot interpret'):
+        scipy.sparse.linalg.eigsh(A, 1)
+
+
+def test_skerch_takes_an_operator(monkeypatch):
+    pytest.importorskip('skerch')
+    if importlib.util.find_spec('torch_dct') is None:  # it is for another kind of noise
+        monkeypatch.setitem(sys.modules, 'torch_dct', types.ModuleType('torch_dct'))
+        sys.modules['torch_dct'].dct = sys.modules['torch_dct'].idct = None
+    skerch = importlib.import_module('skerch.algorithms')
+    L = column_noise(30, range(4), seed=0, kind='gauss')
+    D = (L @ L.T).float()
+    kw = dict(seed=3, noise_type='gaussian', recovery_type='singlepass')
+    U, S, Vh = skerch.ssvd(aslinearoperator(D), 'cpu', torch.float32, 10, **kw)
+    torch.testing.assert_close((U * S) @ Vh, D, rtol=1e-3, atol=1e-3 * D.abs().max().item())
+    for left in (False, True):
+        norms = skerch.snorm(aslinearoperator(D), 'cpu', torch.float32, 10, seed=3, adj_meas=left)[0]
+        torch.testing.assert_close(norms['fro'], D.norm(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_power_of_two(dtype):
+    most = 126 if dtype == torch.float32 else 1022
+    for e in (-most, -30, 0, 5, most - 1):
+        t = torch.tensor([0.3, -1.7]).to(dtype) * 2.0**e
+        assert power_of_two(t) == 2.0**e and torch.equal(t / power_of_two(t) * power_of_two(t), t)
+    assert power_of_two(torch.zeros(3)) == power_of_two(torch.tensor([float('nan')])) == power_of_two(t[:0]) == 1
 
 
 def eye(A):
@@ -174,8 +261,9 @@ def test_blocks_are_those_of_matrices(A):
         (lambda A: A.restrict('a.weight'), TypeError, 'no names'),
         (lambda A: A.restrict([0.5]), ValueError, 'distinct'),
         (lambda A: A + torch.ones(2, 2), ValueError, 'share shape'),
-        (lambda A: A + 1, TypeError, ''),
-        (lambda A: A * '2', TypeError, ''),
+        (lambda A: A + 1, TypeError, "unsupported operand type.* 'FunctionLinearOperator' and 'int'"),
+        (lambda A: A * '2', TypeError, "can't multiply sequence by non-int|unsupported operand"),
+        (lambda A: A * True, TypeError, "unsupported operand type.* 'FunctionLinearOperator' and 'bool'"),
         (lambda A: A - A.T, ValueError, 'share shape'),
     ],
 )
