@@ -4,6 +4,8 @@ The public names below follow the flow of the data: operators, problems, eigenpa
 """
 __version__ = "0.1.0"
 
+from importlib import import_module
+
 from .linop import FunctionLinearOperator, LinearOperator, aslinearoperator
 from .synthmat import SynthOperator, synth_eigvals
 from .problems import Problem, make_problem
@@ -24,14 +26,30 @@ from .overlaps import OverlapSplit, best_overlap_curve, mask_overlap, overlap_cu
 from .significance import Significance, chance_curve, chance_mask_overlap, overlap_significance
 from .significance import random_mask, random_mask_distances
 from .proxies import Proxy, ggn_diagonal, ggn_proxy, gradient_proxy, h2_proxy, sam_proxy, sketch_diagonal
-from .record import OverlapRecord, RecordError
-from .experiment import overlap_record, run_overlap
-from .plots import plot_crystallisation, plot_density, plot_interval, plot_layers, plot_metrics
-from .plots import plot_overlap_curve, plot_overlap_over_training, plot_overlap_table, plot_spectrum
-from .crystal import Crystallisation, crystallisation, crystallise
-from .explore import explore_overlap
-from .explore_crystal import explore_crystallisation
-from .explore_sketch import explore_sketch
+
+# module -> what it gives, imported when first asked for: records take xarray, and figures take matplotlib
+_LATER = dict(
+    methods=('Eigsh', 'Seigh', 'SLQ'),
+    record=('RecordError', 'make_record', 'check_record', 'pick', 'save_record', 'load_record', 'compare',
+            'table_text'),
+    runs=('Run',),
+    experiment=('run_overlap', 'overlap_record', 'run_checkpoints'),
+    plots=('plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'plot_overlap_table', 'plot_layers',
+           'plot_runs', 'plot_crystallisation', 'plot_metrics', 'plot_interval', 'plot_density'),
+    crystal=('Crystallisation', 'crystallisation', 'crystallise'),
+    explore=('explore_overlap',),
+    explore_crystal=('explore_crystallisation',),
+    explore_sketches=('explore_sketch',))
+
+
+def __getattr__(name):
+    for module, names in _LATER.items():
+        if name in names: return getattr(import_module(f'.{module}', __name__), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__(): return sorted({*globals(), *__all__})
+
 
 __all__ = [
     'LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'SynthOperator', 'synth_eigvals',
@@ -49,8 +67,5 @@ __all__ = [
     'Significance', 'overlap_significance', 'chance_mask_overlap', 'chance_curve',
     'random_mask', 'random_mask_distances',
     'Proxy', 'gradient_proxy', 'sam_proxy', 'ggn_diagonal', 'ggn_proxy', 'sketch_diagonal', 'h2_proxy',
-    'OverlapRecord', 'RecordError', 'run_overlap', 'overlap_record',
-    'plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'plot_overlap_table', 'plot_layers',
-    'plot_crystallisation', 'plot_metrics', 'plot_interval', 'plot_density', 'explore_overlap',
-    'Crystallisation', 'crystallisation', 'crystallise', 'explore_crystallisation', 'explore_sketch',
+    *(name for names in _LATER.values() for name in names),
 ]

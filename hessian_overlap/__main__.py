@@ -1,3 +1,3 @@
-from hessian_overlap.experiment import main
+from hessian_overlap.cli import main
 
 if __name__ == "__main__": raise SystemExit(main())

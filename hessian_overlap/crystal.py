@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch.nn.utils import parameters_to_vector
 from tqdm.auto import tqdm
 
 from .curvature import HessianLinearOperator
-from .experiment import read_settings
+from .files import write_atomic
 from .grassmann import distance_matrix, principal_angles
 from .krylov import eigsh
 from .masks import Mask, magnitude_order
-from .problems import Problem, make_problem
-from .record import RecordError, write_atomic
+from .problems import Problem
+from .record import RecordError
+from .runs import Run, load_state
 from .training import TrainingRun, load_params
 
 # %% auto #0
@@ -31,20 +33,26 @@ __all__ = ['Crystallisation', 'crystallisation', 'crystallise']
 @dataclass(frozen=True, eq=False, repr=False)
 class Crystallisation:
     "Similarity of masks and of eigenspaces between all pairs of S steps, for K sizes"
-    problem: str        # what was trained
-    n: int              # number of parameters
-    steps: list         # (S,) training steps, increasing
-    sizes: list         # (K,) mask sizes and ranks
-    spaces: dict        # split -> (K, S, S) overlaps of eigenspaces, in [0, 1]
-    masks: np.ndarray | None = None  # (K, S, S) intersection over union of magnitude masks, or None if that was not kept
-    angles: dict | None = None  # split -> K arrays (S, S, k) of principal angles, radians, smallest first; or None
+    problem: str  # what was trained
+    n: int  # number of parameters
+    steps: list  # (S,) training steps, increasing
+    sizes: list  # (K,) mask sizes and ranks
+    spaces: dict  # split -> (K, S, S) overlaps of eigenspaces, in [0, 1]
+    masks: np.ndarray | None = None  # (K, S, S) intersection over union of magnitude masks, if kept
+    angles: dict | None = None  # split -> K arrays (S, S, k) of principal angles, radians, smallest first, if kept
+
     def __post_init__(self):
         want = (len(self.sizes), len(self.steps), len(self.steps))
         for what, M in (('masks', self.masks), *self.spaces.items()):
-            if M is not None and np.shape(M) != want: raise RecordError(f'{what} has shape {np.shape(M)}, expected {want} for {want[0]} sizes and {want[1]} steps')
-    def __repr__(self):
-        return f"Crystallisation({self.problem}: n={self.n}, sizes {self.sizes}, steps {self.steps}, {'/'.join(self.spaces)}{'' if self.angles else ', no angles kept'})"
+            if M is not None and np.shape(M) != want:
+                raise RecordError(f'{what} has shape {np.shape(M)}, expected {want} for sizes × steps × steps')
 
+    def __repr__(self):
+        kept = '' if self.angles else ', no angles kept'
+        of = '/'.join(self.spaces)
+        return f'Crystallisation({self.problem}: n={self.n}, sizes {self.sizes}, steps {self.steps}, {of}{kept})'
+
+# %% ../nbs/42_crystal.ipynb #cb0b2b23
 def crystallisation(
     thetas,  # (S, n) parameters at the steps
     spaces: dict,  # split -> S eigenspaces (n, k), most important first, k at least the largest size
@@ -56,11 +64,14 @@ def crystallisation(
     steps, sizes, orders = [int(s) for s in steps], [int(k) for k in sizes], [magnitude_order(t) for t in thetas]
     n = len(orders[0])
     for split, us in spaces.items():
-        if len(us) != len(steps) or min(u.shape[1] for u in us) < sizes[-1]: raise ValueError(
-            f'{split} has {len(us)} eigenspaces of at least {min(u.shape[1] for u in us)} dimensions; {len(steps)} of {sizes[-1]} are needed')
+        least = min(u.shape[1] for u in us)
+        if len(us) != len(steps) or least < sizes[-1]:
+            need = f'{len(steps)} of {sizes[-1]} are needed'
+            raise ValueError(f'{split} has {len(us)} eigenspaces of at least {least} dimensions; {need}')
     masks = np.stack([distance_matrix([Mask(o, n=n, k=k) for o in orders], 'iou').numpy() for k in sizes])
     angles = {split: [_all_angles([u[:, :k] for u in us]) for k in sizes] for split, us in spaces.items()}
-    return Crystallisation(problem, n, steps, sizes, {split: np.stack([np.cos(a).__pow__(2).mean(-1) for a in A]) for split, A in angles.items()}, masks, angles)
+    means = {split: np.stack([(np.cos(a)**2).mean(-1) for a in every]) for split, every in angles.items()}
+    return Crystallisation(problem, n, steps, sizes, means, masks, angles)
 
 def _all_angles(us):
     "(S, S, k) principal angles of every pair, float32"
@@ -71,49 +82,54 @@ def _all_angles(us):
 
 # %% ../nbs/42_crystal.ipynb #e20dd0b0
 def crystallise(
-    run,  # a TrainingRun, or the folder of a run
+    run,  # a TrainingRun, a Run, or the folder of one
     sizes,  # (K,) mask sizes and ranks, ascending
-    problem: Problem | None = None,  # what was trained; None: made from the settings of the folder
-    *,
-    splits: tuple = ('test',),  # whose Hessians
+    problem: Problem | None = None,  # what was trained; None: made from the folder
+    *, splits: tuple = ('test',),  # whose Hessians
     steps=None,  # which of the snapshots; None for all
     samples: int = 500,  # class-balanced samples in each Hessian
     tol: float = 1e-3,  # of eigsh, relative
     seed: int,  # of eigsh
     progress: bool = False,  # a bar over eigenspaces
-    check=None,  # called before each eigenspace; what it raises ends the work
 ) -> Crystallisation:  # with masks and angles
     "Eigenspaces at the snapshots of a run, and the comparison of all pairs"
-    if not isinstance(run, TrainingRun): run, problem = _read_run(Path(run), problem)
-    if problem is None: raise ValueError('a TrainingRun does not say what was trained: give problem')
-    steps = list(run.steps) if steps is None else list(steps)
-    thetas = [run.theta(s) for s in steps]
-    model, spaces = copy.deepcopy(problem.model), {}
+    problem, models = _snapshots(run, problem, steps)
+    spaces = {}
     for split in splits:
         batches, spaces[split] = problem.hessian_data(split, samples), []
-        for theta in tqdm(thetas, desc=f'{split} eigenspaces', disable=not progress):
-            if check: check()
-            spaces[split].append(eigsh(HessianLinearOperator(load_params(model, theta), problem.loss_func, None, batches), int(max(sizes)), tol=tol, seed=seed).eigvecs)
-    return crystallisation(thetas, spaces, steps, sizes, problem.name)
+        for model in tqdm(models.values(), desc=f'{split} eigenspaces', disable=not progress):
+            H = HessianLinearOperator(model, problem.loss_func, None, batches)
+            spaces[split].append(eigsh(H, int(max(sizes)), tol=tol, seed=seed).eigvecs)
+    thetas = [parameters_to_vector(model.parameters()).detach() for model in models.values()]
+    return crystallisation(thetas, spaces, list(models), sizes, problem.name)
 
-def _read_run(folder, problem):
-    "The snapshots of a run folder, and its problem"
-    s = read_settings(folder) if folder.is_dir() else None
-    if s is None or not (folder/'snapshots.npz').exists(): raise RecordError(f'no run in {folder}: settings.json or snapshots.npz is not there')
-    if problem is None:
-        try: problem = make_problem(s['problem'], seed=s['problem_seed'], device='cpu')
-        except ValueError: raise ValueError(f"the run in {folder} is of {s['problem']}, which the package does not make: give problem") from None
-    return TrainingRun.load(folder/'snapshots.npz'), problem
+def _snapshots(run, problem, steps):
+    "What was trained, and step -> model"
+    if isinstance(run, TrainingRun):
+        if problem is None: raise ValueError('a TrainingRun does not say what was trained: give problem')
+        at = lambda step: load_params(copy.deepcopy(problem.model), run.theta(step))
+        return problem, {int(s): at(s) for s in (run.steps if steps is None else steps)}
+    run = run if isinstance(run, Run) else Run(run)
+    seed = run.settings['seeds'][0]
+    problem, found = problem or run.problem(seed), {}
+    for s in run.settings['steps'] if steps is None else steps:
+        snapshot = run.snapshot(seed, s)
+        if snapshot is None: raise RecordError(f'{run.path} has no whole snapshot of seed {seed} at step {s}')
+        found[int(s)] = load_state(problem.model, snapshot[0])
+    return problem, found
 
 # %% ../nbs/42_crystal.ipynb #1523d220
+def _rounded(a, digits=6): return np.round(np.asarray(a, float), digits).tolist()
+
 @patch
 def save(self: Crystallisation,
     path: Path | str,  # of the JSON file
 ) -> Path:  # the path
     "Write all of it to one file"
-    rounded = lambda a, d=6: np.round(np.asarray(a, float), d).tolist()
-    d = dict(problem=self.problem, n=self.n, steps=self.steps, sizes=self.sizes, maps={s: rounded(M) for s, M in self.spaces.items()},
-             masks=None if self.masks is None else rounded(self.masks), angles=self.angles and {s: [rounded(a, 4) for a in A] for s, A in self.angles.items()})
+    d = dict(problem=self.problem, n=self.n, steps=self.steps, sizes=self.sizes,
+             maps={s: _rounded(M) for s, M in self.spaces.items()}, masks=None, angles=None)
+    if self.masks is not None: d['masks'] = _rounded(self.masks)
+    if self.angles: d['angles'] = {s: [_rounded(a, 4) for a in every] for s, every in self.angles.items()}
     write_atomic(path, json.dumps(d).encode() + b'\n')
     return Path(path)
 
@@ -124,9 +140,11 @@ def load(cls: Crystallisation,
     "Read it again"
     try:
         d = json.loads(Path(path).read_bytes())
-        arrays = lambda v: {s: np.array(M) for s, M in v.items()}
-        return cls(d.get('problem', 'mnist_mini'), d.get('n', 7030), d['steps'], d['sizes'], arrays(d['maps']), None if d.get('masks') is None else np.array(d['masks']),
-                   None if d.get('angles') is None else {s: [np.array(a, np.float32) for a in A] for s, A in d['angles'].items()})
+        maps, masks, angles = {s: np.array(M) for s, M in d['maps'].items()}, d.get('masks'), d.get('angles')
+        if masks is not None: masks = np.array(masks)
+        if angles: angles = {s: [np.array(a, np.float32) for a in every] for s, every in angles.items()}
+        return cls(d.get('problem', 'mnist_mini'), d.get('n', 7030), d['steps'], d['sizes'], maps, masks, angles)
     except FileNotFoundError: raise RecordError(f'{path} is not there') from None
     except RecordError: raise
-    except (ValueError, KeyError, TypeError, AttributeError): raise RecordError(f'{path} is not a file of crystallisation maps') from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RecordError(f'{path} is not a file of crystallisation maps') from None

@@ -1,86 +1,77 @@
 "A record with made-up but well-shaped numbers, for tests of what only reads records."
 
 import numpy as np
+import xarray as xr
 
-from hessian_overlap.record import OverlapRecord
+from hessian_overlap.record import make_record
+from hessian_overlap.tables import grid
+
+KS = [3, 10, 40, 150, 600]  # mask sizes of an estimate
 
 
 def made_up(
-    seed=0, steps=(0, 50, 100), n=1000, k=60, R=4, splits=('train', 'test'), method='eigsh', tables=False, ks=None, **kw
+    seed=0, steps=(0, 50, 100), n=1000, k=60, R=4, splits=('train', 'test'), method='eigsh', ks=None, seeds=(0,), **kw
 ):
     "With ks, mask sizes ascending to k, as quadrature gives it: intervals, not all of them trusted, and no best masks"
     rng = np.random.default_rng(seed)
-    S, P, j = len(steps), len(splits), np.arange(1, k + 1) if ks is None else np.array(ks)
-    if ks is not None:
-        k, method = int(j[-1]), 'slq'
-    K = len(j)
-
-    def noise(*s):
-        return 1 + 0.1 * rng.random(s)
-
-    lam = 30 * np.exp(-j / 8) * rng.choice([1, -1], (S, P, K), p=[0.7, 0.3])
-    magnitude = np.minimum(1, (0.1 + 0.2 * np.exp(-j / 9) + j / n) * noise(S, P, 1))
-    if tables:
-        kw = tables_of(np.random.default_rng(seed + 1), S, P, n, k, R, ks=ks) | kw
-    if ks is not None:
-        known = np.concatenate([magnitude[:, :, None], *([kw['extra']] if tables else [])], 2)
-        kw = (
-            dict(
-                ks=ks,
-                best=np.full((S, P, K), np.nan),
-                low=0.95 * known,
-                high=1.05 * known,
-                trusted=np.broadcast_to(np.arange(K) < max(1, K - 2), known.shape),
-            )
-            | kw
-        )
-    return OverlapRecord(
-        **dict(
-            problem='made_up',
-            n=n,
-            k=k,
-            method=method,
-            seed=seed,
-            samples=500,
-            splits=splits,
-            steps=steps,
-            train_loss=2.3 / noise(S),
-            train_acc=0.1 * noise(S),
-            test_loss=2.3 / noise(S),
-            test_acc=0.1 * noise(S),
-            eigvals=lam,
-            residuals=1e-6 * noise(S, P, k) if method == 'eigsh' else np.full((S, P, K), np.nan),
-            magnitude=magnitude,
-            random=np.minimum(1, j / n * noise(S, P, R, K)),
-            best=np.minimum(1, magnitude * 1.5),
-            matvecs=np.full((S, P), 2 * k),
-            seconds=noise(S, P),
-            converged=np.full((S, P), method == 'eigsh'),
-            settings=dict(tol=1e-5),
-        )
-        | kw
-    )
+    method = method if ks is None else 'slq'
+    ks = np.arange(1, k + 1) if ks is None else np.array(ks)
+    parts = [part(rng, a, b, c, n, ks, R, method) for a in seeds for b in steps for c in splits]
+    return make_record(parts, **dict(problem='made_up', settings=dict(tol=1e-5, samples=500)) | kw)
 
 
-def tables_of(rng, S, P, n, k, R, L=3, ks=None):
+def part(rng, seed, step, split, n, ks, R, method):
+    "One seed, step and split"
+    K, exact = len(ks), method != 'slq'
+    names = np.array(['magnitude', 'layerwise', *['random'] * (R > 0), 'best'])
+    magnitude = np.minimum(1, (0.1 + 0.2 * np.exp(-ks / 9) + ks / n) * (1 + 0.1 * rng.random()))
+    random = np.minimum(1, ks / n * (1 + 0.1 * rng.random((R, K))))
+    curves = dict(magnitude=magnitude, layerwise=rng.random(K), best=np.minimum(1, 1.5 * magnitude))
+    if R:
+        curves['random'] = random.mean(0)
+    if not exact:
+        curves['best'] = np.full(K, np.nan)
+    overlap = np.stack([curves[o] for o in names])
+    known = np.isin(names, ['magnitude', 'layerwise'])[:, None] & (method != 'seigh')
+    width = 0.05 if method == 'slq' else 1e-9
+    trusted = np.broadcast_to((np.arange(K) < max(1, K - 2)) | exact, overlap.shape) & (method != 'seigh')
+    kok = ('order', 'k')
+    made = xr.Dataset(
+        dict(
+            overlap=(kok, overlap),
+            low=(kok, np.where(known, (1 - width) * overlap, np.nan)),
+            high=(kok, np.where(known, np.minimum(1, (1 + width) * overlap), np.nan)),
+            trusted=(kok, trusted & np.isfinite(overlap)),
+            random=(('draw', 'k'), random),
+            eigvals=('k', 30 * np.exp(-ks / 8) * rng.choice([1, -1], K, p=[0.7, 0.3])),
+            residuals=('k', 1e-6 * rng.random(K) if method == 'eigsh' else np.full(K, np.nan)),
+            variance=('k', 1e-4 * rng.random(K) if exact else np.full(K, np.nan)),
+            **tables_of(rng, n, ks, names, exact),
+            loss=((), 2.3 * rng.random()),
+            accuracy=((), 0.1 * rng.random()),
+            matvecs=((), 2 * int(ks[-1])),
+            seconds=((), rng.random()),
+            converged=((), bool(trusted.all())),
+        ),
+        coords=dict(order=names, k=ks, draw=np.arange(R)),
+        attrs=dict(n=n, method=method),
+    ).expand_dims(seed=[seed], step=[step], split=np.array([split]))
+    return made.assign(layer_size=('layer', [n // 2, n // 4, n - n // 2 - n // 4]))
+
+
+def tables_of(rng, n, ks, names, exact, L=3):
     "Tables of the right shapes, of numbers that are not from any eigenspace"
-    from hessian_overlap.tables import grid
-
-    sizes, ranks = grid(n, k, ks=ks)
-    orders = ('magnitude', *('random',) * (R > 0), 'layerwise', *('best',) * (ks is None))
-    K = k if ks is None else len(ks)
-    shape = (S, P, len(orders), len(sizes), len(ranks))
-    layers = rng.random((*shape, L)).astype(np.float32) / L
+    sizes, ranks = grid(n, int(ks[-1]), ks=None if len(ks) == ks[-1] else ks)
+    known = np.where((names == 'best') & (not exact), np.nan, 1)[:, None, None]
+    layers = (rng.random((len(names), len(sizes), len(ranks), L)) / L * known[..., None]).astype('f4')
+    table = layers.sum(-1, dtype='f8')
+    at = ('order', 'size', 'rank')
     return dict(
-        orders=orders,
-        layer_names=('a.weight', 'a.bias', 'b.weight'),
-        sizes=sizes,
-        ranks=ranks,
-        layers=layers,
-        overlaps=layers.sum(-1, dtype=np.float64),
-        layer_sizes=[n // 2, n // 4, n - n // 2 - n // 4],
-        available=rng.random((S, P, len(ranks), L)) / L,
-        variance=1e-4 * rng.random((S, P, K)) if ks is None else np.full((S, P, K), np.nan),
-        **(dict(half=np.full(shape, 0.05)) if ks is not None else {}),
-        extra=rng.random((S, P, 1, K)),
+        size=sizes,
+        rank=ranks,
+        layer=np.array(['a.weight', 'a.bias', 'b.weight']),
+        table=(at, table),
+        half=(at, (0 if exact else 0.05) + 0 * table),
+        layers=((*at, 'layer'), layers),
+        available=(('rank', 'layer'), rng.random((len(ranks), L)) / L),
     )

@@ -1,75 +1,52 @@
-"A whole run: the same numbers however often it is interrupted, nothing overwritten, a sentence for everything wrong."
+"A whole run: numbers against a dense Hessian, batches of any form, and checkpoints however they were saved."
 
-import contextlib
 import copy
-import io
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
-import time
-import warnings
+from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from own import make_problem
+from torch import nn
+from torch.func import functional_call, hessian
 
 import hessian_overlap.experiment as ex
-from hessian_overlap.experiment import default_snapshots, main, mask_seed, run_overlap
-from hessian_overlap.masks import magnitude_order, random_order
-from hessian_overlap.overlaps import overlap_curve
-from hessian_overlap.problems import Problem, make_problem
-from hessian_overlap.record import OverlapRecord, compare
+from hessian_overlap.experiment import (
+    Given,
+    default_snapshots,
+    load_checkpoint,
+    overlap_record,
+    problem_maker,
+    read_checkpoint,
+    run_checkpoints,
+    run_overlap,
+)
+from hessian_overlap.masks import magnitude_order
+from hessian_overlap.methods import SLQ, Eigsh, Seigh, draws
+from hessian_overlap.record import compare, load_record
+from hessian_overlap.runs import Run
+from hessian_overlap.training import train
 
-SMALL = ['--k', '12', '--samples', '100', '--device', 'cpu', '--num-random', '2']
-LONGER = ['--k', '80', '--samples', '500']  # so that there is something to interrupt
-QUIET = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'CUDA_VISIBLE_DEVICES': ''}
-
-
-def own(lr=0.5, seed=0, hidden=5):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(200, 3, generator=g, dtype=torch.float64)
-    y = (x[:, 0] + x[:, 1] * x[:, 2] > 0).long()
-    net = torch.nn.Sequential(torch.nn.Linear(3, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 2)).double().eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / 2)
-    return Problem(
-        'mine',
-        net,
-        torch.nn.CrossEntropyLoss(),
-        x[:150],
-        y[:150],
-        x[150:],
-        y[150:],
-        batch_size=50,
-        lr=lr,
-        num_classes=2,
-        seed=0,
-        source='drawn here',
-    )
+ASK = dict(steps=10, snapshots=[0, 5, 10], samples=30, num_random=3, progress=False)
+NUMBERS = ('settings', 'seconds', 'versions', 'problem')
 
 
-ASK = dict(steps=10, snapshots=[0, 5, 10], k=6, samples=30, num_random=3, seed=0, progress=False)
+def go(problem=make_problem, method=None, **kw):
+    return run_overlap(problem, method or Eigsh(k=6), **(ASK | kw))
 
 
-# ------------------------------------------------------------------------------------------ numbers
+def same_numbers(a, b, more=()):
+    return {k: v for k, v in compare(a, b, (*NUMBERS, *more)).items() if not k.startswith('settings')} == {}
 
 
 @pytest.mark.parametrize(
     'steps, want',
-    [
-        (0, [0]),
-        (1, [0, 1]),
-        (50, [0, 50]),
-        (99, [0, 50, 99]),
-        (100, [0, 50, 100]),
-        (1000, [0, 50, *range(100, 1001, 100)]),
-        (1050, [0, 50, *range(100, 1001, 100), 1050]),
-    ],
+    [(0, [0]), (1, [0, 1]), (50, [0, 50]), (99, [0, 50, 99]), (100, [0, 50, 100]), (250, [0, 50, 100, 200, 250])],
 )
 def test_default_snapshots(steps, want):
     assert default_snapshots(steps) == want
@@ -77,895 +54,405 @@ def test_default_snapshots(steps, want):
 
 def dense(p, theta, split, samples):
     "The Hessian by torch.func, as an oracle"
-    from torch.func import functional_call, hessian
-
-    names = [k for k, _ in p.model.named_parameters()]
-    sizes = [v.numel() for v in p.params]
-    shapes = [v.shape for v in p.params]
+    names, sizes, shapes = zip(*((k, v.numel(), v.shape) for k, v in p.model.named_parameters()))
     ((x, y),) = p.hessian_data(split, samples)
-    f = lambda t: p.loss_func(
-        functional_call(p.model, {k: v.view(s) for k, v, s in zip(names, t.split(sizes), shapes)}, (x,)), y
-    )
+
+    def f(t):
+        params = {k: v.view(s) for k, v, s in zip(names, t.split(sizes), shapes)}
+        return p.loss_func(functional_call(p.model, params, (x,)), y)
+
     return hessian(f)(theta)
 
 
 def test_against_the_dense_hessian():
-    p = own()
-    r = run_overlap(p, **ASK)
-    run = ex.train(p, 10, [0, 5, 10])
+    ds, p = go(seeds=(3,)), make_problem(3)
+    run = train(p, 10, [0, 5, 10])
+    assert ds.step.values.tolist() == [0, 5, 10] and ds.split.values.tolist() == ['train', 'test']
     for i, theta in enumerate(run.thetas):
         for s, split in enumerate(('train', 'test')):
+            one = ds.isel(seed=0, step=i, split=s)
             lam, V = torch.linalg.eigh(dense(p, theta, split, 30))
             top = lam.abs().argsort(descending=True)[:6]
             U = V[:, top]
-            np.testing.assert_allclose(r.eigvals[i, s], lam[top], rtol=1e-6)
-            order = theta.abs().argsort(descending=True)
-            want = [(U[order[:j], :j] ** 2).sum() / j for j in range(1, 7)]
-            np.testing.assert_allclose(r.magnitude[i, s], want, atol=1e-5)
-            best = [(U[:, :j] ** 2).sum(1).sort(descending=True).values[:j].sum() / j for j in range(1, 7)]
-            np.testing.assert_allclose(r.best[i, s], best, atol=1e-5)
-            for q in range(3):
-                order = random_order(p.n_params, seed=mask_seed(0, q))
-                np.testing.assert_allclose(
-                    r.random[i, s, q], [(U[order[:j], :j] ** 2).sum() / j for j in range(1, 7)], atol=1e-5
-                )
-    assert r.converged.all() and (r.residuals < 1e-4).all() and (np.diff(np.abs(r.eigvals)) <= 1e-12).all()
-    assert (
-        (r.best >= r.magnitude - 1e-12).all()
-        and r.steps.tolist() == [0, 5, 10]
-        and (r.train_loss == run.train_loss).all()
-    )
+            np.testing.assert_allclose(one.eigvals, lam[top], rtol=1e-6)
+            masks = dict(magnitude=magnitude_order(theta)) | dict(enumerate(draws(p.n_params, 3, 3)))
+            for name, order in masks.items():
+                want = [(U[order[:j], :j] ** 2).sum() / j for j in range(1, 7)]
+                got = one.random[name] if isinstance(name, int) else one.overlap.sel(order=name)
+                np.testing.assert_allclose(got, want, atol=1e-5)
+    assert ds.converged.all()
+    for split, loss, acc in (('train', run.train_loss, run.train_acc), ('test', run.test_loss, run.test_acc)):
+        assert (ds.loss.sel(split=split).values == loss).all() and (ds.accuracy.sel(split=split).values == acc).all()
 
 
-def test_the_problem_is_left_as_it_is():
-    p = own()
+def test_the_problem_and_the_global_generators_are_left_as_they_are():
+    p = make_problem()
     before = copy.deepcopy(p.model.state_dict())
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    run_overlap(p, **ASK)
+    go(p)
     assert all(torch.equal(v, before[k]) for k, v in p.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
 
 
 def test_seeds():
-    a, b, c = (run_overlap(own(), **ASK | dict(seed=s)) for s in (0, 0, 1))
-    assert compare(a, b) == {} and {'random', 'seed'} <= compare(a, c).keys()
-    assert (
-        compare(a, c)['eigvals'] < 1e-6 if 'eigvals' in compare(a, c) else True
-    )  # another start, the same eigenvalues
-    assert len({mask_seed(s, i) for s in range(20) for i in range(50)}) == 1000
+    both, a, b = go(seeds=(0, 5)), go(), go(seeds=(5,))
+    assert same_numbers(both.sel(seed=[0]), a) and same_numbers(both.sel(seed=[5]), b)
+    assert not a.loss.equals(b.loss)
+    p = make_problem()
+    one = go(p, seeds=(0, 5))  # one training, two draws of masks
+    assert same_numbers(one.sel(seed=[0]), a) and (one.loss.sel(seed=5) == one.loss.sel(seed=0)).all()
+    assert not (one.random.sel(seed=5) == one.random.sel(seed=0)).all()
 
 
-def test_no_random_masks():
-    assert run_overlap(own(), **ASK | dict(num_random=0)).random.shape == (3, 2, 0, 6)
-
-
-def test_a_sketch_does_not_pass_for_converged():
-    r = run_overlap(own(), **ASK | dict(method='seigh', num_outer=8, num_inner=16))
-    assert (
-        not r.converged.any()
-        and np.isnan(r.residuals).all()
-        and (r.matvecs == 16).all()
-        and (r.settings['num_outer'], r.settings['tol']) == (8, None)
-    )
-
-
-def test_nothing_is_written_without_out(tmp_path, monkeypatch):
+def test_nothing_stays_without_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_overlap(own(), **ASK)
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    monkeypatch.setattr('tempfile.tempdir', None)
+    go()
+    assert list(tmp_path.iterdir()) == []
 
 
-# ----------------------------------------------------------------------------- without eigenvectors
+@pytest.mark.parametrize('method', [Seigh(k=6), SLQ(ks=[2, 6], num_probes=2, num_steps=8)])
+def test_other_methods_are_resumed_with_the_same_numbers(method, tmp_path):
+    full = go(method=method, out=tmp_path)
+    for f in ('parts/seed0_step000005_test', 'parts/seed0_step000010_train', 'record.zarr'):
+        (tmp_path / f'{f}.zip').unlink()
+    assert compare(go(method=method, out=tmp_path), full) == {}
+    assert json.loads(full.settings)['method']['name'] == method.name == full.method
 
 
-class Kill(BaseException):
-    pass
+def test_orderings_of_ones_own(tmp_path):
+    mine = dict(up=torch.arange(32), down=torch.arange(32).flip(0))
+    ds = go(orders=mine, out=tmp_path)
+    assert ds.order.values.tolist() == ['magnitude', 'random', 'layerwise', 'up', 'down', 'best']
+    (tmp_path / 'record.zarr.zip').unlink()
+    Run(tmp_path).file('parts', 0, 5, 'test').unlink()
+    assert compare(go(orders=mine, out=tmp_path), ds) == {}
+    with pytest.raises(ValueError, match='orders = .* there'):
+        go(orders=mine | dict(up=torch.arange(32).roll(1)), out=tmp_path)
+    with pytest.raises(ValueError, match="cannot be named 'best'"):
+        go(orders=dict(best=torch.arange(32)))
 
 
-WIDE = dict(
-    steps=5,
-    snapshots=[0, 5],
-    samples=30,
-    num_random=3,
-    seed=0,
-    progress=False,
-    method='slq',
-    num_probes=4,
-    num_steps=20,
-)  # of own(hidden=60), 362 parameters
-
-
-def wide():
-    return own(hidden=60)
-
-
-def quiet(f, *a, **kw):
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', RuntimeWarning)
-        return f(*a, **kw)
-
-
-def test_quadrature_agrees_with_the_dense_hessian():
-    "Within the interval, for magnitude, layers and random masks; thresholds, tables and layers too"
-    p = wide()
-    n = p.n_params
-    r = quiet(run_overlap, p, **WIDE, ks=[2, 5, 20, 60, 150])
-    run = ex.train(p, 5, [0, 5])
-    hits = trials = 0
-    for i, theta in enumerate(run.thetas):
-        for s, split in enumerate(('train', 'test')):
-            lam, V = torch.linalg.eigh(dense(p, theta, split, 30))
-            top = lam.abs().argsort(descending=True)
-            lam, U = lam[top], V[:, top]
-            order = theta.abs().argsort(descending=True)
-            truth = np.array([(U[order[:k], :k] ** 2).sum() / k for k in r.ks.tolist()])
-            low, high, trusted = r.interval('magnitude', int(r.steps[i]), split)
-            hits, trials = hits + ((low - 1e-4 <= truth) & (truth <= high + 1e-4) | ~trusted).sum(), trials + 5
-            np.testing.assert_allclose(r.eigvals[i, s, :2], lam[[1, 4]], rtol=2e-2)
-            m, q = r.sizes.tolist().index(60), r.ranks.tolist().index(20)
-            want = (U[order[:60], :20] ** 2).sum(1)  # per parameter
-            assert abs(r.overlaps[i, s, 0, m, q] - want.sum() / 20) <= 2 * r.half[i, s, 0, m, q] + 1e-3
-            np.testing.assert_allclose(r.layers[i, s, 0].sum(-1), r.overlaps[i, s, 0], atol=1e-3)
-            for o in range(3):
-                np.testing.assert_allclose(
-                    r.random[i, s, o, :3],
-                    [(U[random_order(n, seed=mask_seed(0, o))[:k], :k] ** 2).sum() / k for k in (2, 5, 20)],
-                    atol=0.05,
-                )
-    assert (
-        hits >= 0.9 * trials
-        and r.masks == ('magnitude', 'random', 'layerwise')
-        and (r.matvecs == 80).all()
-        and np.isnan(r.residuals).all()
-        and np.isnan(r.best).all()
-    )
-    assert (
-        (r.low <= np.stack([r.magnitude, r.extra[:, :, 0]], 2))
-        & (np.stack([r.magnitude, r.extra[:, :, 0]], 2) <= r.high)
-    ).all() and (r.converged == r.trusted[:, :, 0].all(-1)).all()
-    diagonal = [r.overlaps[:, :, 0, r.sizes.tolist().index(k), j] for j, k in enumerate(r.ranks.tolist())]
-    np.testing.assert_allclose(np.moveaxis(diagonal, 0, -1), r.magnitude, atol=1e-9)
-    np.testing.assert_allclose(r.overlaps[:, :, :, -1], 1, atol=1e-9)
-    np.testing.assert_allclose(r.available.sum(-1), 1, atol=1e-9)
-
-
-def test_quadrature_agrees_with_eigsh_where_both_know_k():
-    a, b = (
-        quiet(run_overlap, wide(), **WIDE),
-        run_overlap(wide(), steps=5, snapshots=[0, 5], samples=30, num_random=3, seed=0, progress=False, k=30),
-    )
-    both = a.ks[a.ks <= 30]
-    assert a.k == 72 and len(both) >= 5 and (a.train_loss == b.train_loss).all()
-    J = len(both)
-    for y, low, high, t in (
-        (b.magnitude, a.low[:, :, 0], a.high[:, :, 0], a.trusted[:, :, 0]),
-        (b.extra[:, :, 0], a.low[:, :, 1], a.high[:, :, 1], a.trusted[:, :, 1]),
-    ):
-        y = y[..., both - 1]
-        assert ((low[..., :J] - 1e-3 <= y) & (y <= high[..., :J] + 1e-3) | ~t[..., :J]).mean() >= 0.95 and t[
-            ..., :J
-        ].mean() > 0.7
-    np.testing.assert_allclose(a.random[..., :2], b.random[..., both[:2] - 1], atol=5e-3)  # the same random masks
-
-
-def test_quadrature_is_resumed_with_the_same_numbers(tmp_path, monkeypatch):
-    s = WIDE | dict(k=60)
-    full = quiet(run_overlap, wide(), **s, out=tmp_path / 'full')
-    d = tmp_path / 'cut'
-    real, done = ex.measure, []
-
-    def cut(*a, **k):
-        if len(done) == 2:
-            raise Kill
-        done.append(a[2])
-        return real(*a, **k)
-
-    with monkeypatch.context() as m:
-        m.setattr(ex, 'measure', cut)
-        with pytest.raises(Kill):
-            quiet(run_overlap, wide(), **s, out=d)
-    part = d / 'parts' / 'step000000_test.npz'
-    part.write_bytes(part.read_bytes()[:-20])
-    said = []
-    again = quiet(run_overlap, wide(), **s, out=d, echo=said.append)
-    assert compare(full, again) == {} == compare(OverlapRecord.load(d), full) and any(
-        'resuming' in o and '1 of 4 parts' in o for o in said
-    )  # the damaged one is made again
-    assert [o for o in again.table().splitlines()[:2]] == [l for o in said for l in o.splitlines() if 'k=' in o][
-        :2
-    ] and (again.seconds[0, 0] != full.seconds[0, 0])
-    (d / 'record.json').unlink()
-    for change, says in [
-        (dict(num_steps=21), 'num_steps = 20 there and 21 here'),
-        (dict(num_probes=5), 'num_probes = 4 there and 5'),
-        (dict(ks=[2, 60]), r'ks = \[1, .* there and \[2, 60\] here'),
-        (dict(method='eigsh', num_probes=None, num_steps=None), "method = 'slq' there and 'eigsh' here"),
-    ]:
-        with pytest.raises(ValueError, match=says) as e:
-            run_overlap(wide(), **s | change, out=d)
-        assert '\n' not in str(e.value)
-
-
-def test_a_run_that_an_earlier_version_began_is_resumed(tmp_path):
-    "Whose settings do not have the names of quadrature"
-    full = run_overlap(own(), **ASK, out=tmp_path)
-    (tmp_path / 'record.json').unlink()
-    (tmp_path / 'parts' / 'step000005_test.npz').unlink()
-    f = tmp_path / 'settings.json'
-    was = json.loads(f.read_text())
-    f.write_text(json.dumps({k: v for k, v in was.items() if k not in ('num_probes', 'num_steps', 'ks')}))
-    assert len(was) > len(json.loads(f.read_text()))
-    assert compare(run_overlap(own(), **ASK, out=tmp_path), full) == {}
-
-
-def test_a_part_of_another_method_does_not_pass(tmp_path):
-    s = WIDE | dict(k=60)
-    full = quiet(run_overlap, wide(), **s, out=tmp_path / 'slq')
-    run_overlap(
-        wide(), **{k: v for k, v in s.items() if k not in ('method', 'num_probes', 'num_steps')}, out=tmp_path / 'eigsh'
-    )
-    (tmp_path / 'slq' / 'record.json').unlink()
-    f = 'parts/step000005_test.npz'
-    (tmp_path / 'slq' / f).write_bytes((tmp_path / 'eigsh' / f).read_bytes())
-    assert compare(quiet(run_overlap, wide(), **s, out=tmp_path / 'slq'), full) == {}
+def test_what_is_echoed(tmp_path):
+    lines = []
+    ds = go(out=tmp_path, echo=lines.append)
+    assert lines[0].startswith('Problem(mine: n=32') and 'drawn here' in lines[0] and 'step' in lines[1]
+    assert len(lines) == 2 + 6 and lines[2].split()[:2] == ['0', 'train'] and lines[7].split()[:2] == ['10', 'test']
+    Run(tmp_path).file('parts', 0, 5, 'train').unlink()
+    lines.clear()
+    assert compare(go(out=tmp_path, echo=lines.append), ds) == {}
+    assert lines[1] == f'resuming {tmp_path}: 5 of 6 parts are there' and len(lines) == 9
 
 
 @pytest.mark.parametrize(
     'kw, says',
     [
-        (dict(ks=[]), 'ks must ascend and not be empty'),
-        (dict(ks=[3, 3]), 'ks must ascend'),
-        (dict(ks=[0, 3]), 'one of ks must be .*1 and at most 361, got 0'),
-        (dict(ks=[3, 362]), 'one of ks|goes up to'),
-        (dict(ks=[2.5]), '2.5'),
-        (dict(ks=[3, 9], k=8), 'k = 8 is not the last of ks, 9'),
-        (dict(num_steps=89), '89 blocks of 4 probes do not fit into 362 parameters, 88 do'),
-        (dict(num_probes=0, num_steps=None), 'num_probes must be'),
-        (dict(method='eigsh'), 'num_probes is a setting of slq; the method is eigsh'),
-        (dict(method='seigh', num_probes=None, num_steps=None, ks=[3]), 'ks is a setting of slq; the method is seigh'),
-        (dict(block_size=3), 'block_size is a setting of eigsh'),
+        (dict(steps=-1), 'steps must be'),
+        (dict(snapshots=[5, 0]), 'snapshots must increase'),
+        (dict(snapshots=[]), 'snapshots must increase'),
+        (dict(snapshots=[11]), 'a snapshot must be .* at most 10, got 11'),
+        (dict(samples=31), 'samples=31'),
+        (dict(samples=0), 'samples'),
+        (dict(num_random=-1), 'num_random must be'),
+        (dict(seeds=()), 'seeds is empty'),
+        (dict(seeds=(-1,), problem=make_problem()), 'seed must be .*, got -1'),
+        (dict(method=Eigsh(k=33)), 'k = 33 is more than the n = 32'),
+        (dict(problem=Given(nn.Linear(2, 1), nn.MSELoss(), [1])), 'cannot be trained here: give checkpoints'),
     ],
-    ids=str,
+    ids=range(11),
 )
-def test_wrong_settings_of_quadrature(kw, says, tmp_path):
-    with pytest.raises(ValueError, match=says) as e:
-        run_overlap(wide(), **WIDE | kw, out=tmp_path / 'r')
-    assert '\n' not in str(e.value) and not (tmp_path / 'r').exists()
-
-
-def test_defaults_of_quadrature():
-    s = ex.run_settings(
-        make_problem('mnist_mini', seed=0, device='cpu'),
-        steps=0,
-        snapshots=None,
-        k=None,
-        samples=500,
-        method='slq',
-        num_random=10,
-        seed=0,
-    )
-    assert (s['k'], s['num_probes'], s['num_steps'], s['ks'][0], s['ks'][-1], len(s['ks'])) == (
-        1406,
-        8,
-        80,
-        7,
-        1406,
-        20,
-    ) and s['tol'] is s['num_outer'] is None
-    for n, k in ((10, 1), (100, 99), (7030, 350), (10**7, 350), (10**7, 5 * 10**6)):
-        ks = ex.default_ks(n, k)
-        assert ks == sorted(set(ks)) and ks[-1] == k and 1 <= ks[0] <= max(1, n / 1000) and len(ks) <= 20
-    assert quiet(run_overlap, wide(), **WIDE | dict(ks=torch.tensor([2, 9]), snapshots=[0])).ks.tolist() == [2, 9]
-    with pytest.raises(TypeError, match="'probes' is not a setting"):
-        ex.solver_settings(100, 3, 'slq', probes=3)
-
-
-def test_one_warning_a_part_says_what_is_not_resolved():
-    with pytest.warns(RuntimeWarning, match='raise num_steps') as said:
-        r = run_overlap(wide(), **WIDE | dict(num_steps=4, k=150, snapshots=[5]))
-    said = [str(w.message) for w in said if w.category is RuntimeWarning]
-    assert (
-        1 <= len(said) <= 2
-        and all('not resolved at' in o and 'raise num_steps' in o for o in said)
-        and not r.converged.all()
-        and r.table().splitlines()[-1].startswith('* not resolved')
-    )
-
-
-def test_quadrature_from_the_command_line(tmp_path):
-    "In a process of its own, to the figures; and printed again"
-    d = tmp_path / 'run'
-    a = cli(
-        'run',
-        'mnist_mini',
-        '--method',
-        'slq',
-        '--k',
-        700,
-        '--num-probes',
-        4,
-        '--num-steps',
-        30,
-        '--steps',
-        20,
-        '--samples',
-        100,
-        '--num-random',
-        2,
-        '--device',
-        'cpu',
-        '--out',
-        d,
-    )
-    assert a.returncode == 0 and 'Traceback' not in a.stderr and 'Warning' not in a.stderr, a.stderr
-    r = OverlapRecord.load(d)
-    assert (
-        (r.method, r.k, r.ks[-1], r.settings['num_probes'], r.settings['num_steps']) == ('slq', 700, 700, 4, 30)
-        and (r.matvecs == 120).all()
-        and r.steps.tolist() == [0, 20]
-    )
-    b = cli('show', d)
-    assert (
-        b.returncode == 0
-        and not b.stderr
-        and r.table() in b.stdout
-        and all(l in a.stdout for l in r.table().splitlines())
-        and '±' in b.stdout
-        and f'in [{r.low[1, 1, 0, -1]:.4f}' in b.stdout
-    )
-    assert all(
-        (d / 'figures' / f'{f}.png').read_bytes()[:4] == b'\x89PNG'
-        for f in ('overlap_over_training', 'overlap_curve', 'spectrum')
-    )
-
-
-def test_any_method_for_a_model_as_it_is():
-    p = wide()
-    data = dict(train=p.hessian_data('train', 30), test=p.hessian_data('test', 30))
-    get = lambda **kw: quiet(ex.overlap_record, p.model, p.loss_func, data, seed=0, num_random=2, **kw)
-    a, b, c = (
-        get(k=30),
-        get(k=30, method='seigh'),
-        get(k=60, method='slq', num_probes=4, ks=[5, 30, 60], orders=dict(mine=torch.arange(p.n_params))),
-    )
-    assert (
-        a.converged.all()
-        and not b.converged.any()
-        and c.masks == ('magnitude', 'random', 'layerwise', 'mine')
-        and c.low.shape == (1, 2, 3, 3)
-        and c.settings['num_steps'] == 80
-        and a.settings['tol'] == 1e-5
-    )
-    assert abs(c.magnitude[..., 0] - a.magnitude[..., 4]).max() < 5e-3 and (c.train_loss == a.train_loss).all()
-    for kw, says in [
-        (dict(k=3, method='slq', tol=1e-3), 'tol is a setting of eigsh'),
-        (dict(k=3, num_steps=5), 'num_steps is a setting of slq'),
-        (dict(k=400), 'k = 400 is more than the n = 362 parameters of Sequential'),
-    ]:
-        with pytest.raises(ValueError, match=says):
-            get(**kw)
-
-
-# ------------------------------------------------------------------------------------ interruptions
-
-
-def writes_of_a_run(tmp_path, monkeypatch):
-    seen, real = [], os.replace
-    monkeypatch.setattr(os, 'replace', lambda a, b: (seen.append(Path(b).name), real(a, b))[1])
-    r = run_overlap(own(), **ASK, out=tmp_path)
-    monkeypatch.undo()
-    return r, [s for s in seen if s]
-
-
-def test_killed_before_and_after_every_write(tmp_path, monkeypatch):
-    "Whichever write is the last that gets through, the next run finishes with the same numbers"
-    full, writes = writes_of_a_run(tmp_path / 'full', monkeypatch)
-    assert {'settings.json', 'snapshots.npz', 'record.npz', 'record.json'} < set(writes) and len(writes) >= 10
-    for i in range(len(writes)):
-        for after in (False, True):
-            d, count, real = tmp_path / f'{i}{after}', [0], os.replace
-
-            def replace(a, b, i=i, after=after, count=count, real=real):
-                count[0] += 1
-                if count[0] == i + 1:
-                    if after:
-                        real(a, b)
-                    raise Kill
-                return real(a, b)
-
-            with monkeypatch.context() as m:
-                m.setattr(os, 'replace', replace)
-                m.setattr(Path, 'unlink', lambda *a, **k: None)  # a killed process tidies nothing up
-                with pytest.raises(Kill):
-                    run_overlap(own(), **ASK, out=d)
-            if (d / 'record.json').exists():
-                assert i == len(writes) - 1 and after
-            else:
-                assert compare(run_overlap(own(), **ASK, out=d), full) == {}, (i, after)
-            assert compare(OverlapRecord.load(d), full) == {}
-
-
-@pytest.mark.parametrize('file', ['snapshots.npz', 'parts/step000005_test.npz'])
-@pytest.mark.parametrize(
-    'damage',
-    [
-        lambda b: b'',
-        lambda b: b[: len(b) // 2],
-        lambda b: b[:90] + bytes([b[90] ^ 255]) + b[91:],
-        lambda b: b'x' * len(b),
-    ],
-    ids=['empty', 'half', 'flip', 'junk'],
-)
-def test_damaged_parts_are_made_again(file, damage, tmp_path):
-    full = run_overlap(own(), **ASK, out=tmp_path)
-    (tmp_path / 'record.json').unlink()
-    (tmp_path / file).write_bytes(damage((tmp_path / file).read_bytes()))
-    assert compare(run_overlap(own(), **ASK, out=tmp_path), full) == {}
-
-
-def test_a_finished_part_is_not_computed_again(tmp_path, monkeypatch):
-    full = run_overlap(own(), **ASK, out=tmp_path)
-    (tmp_path / 'record.json').unlink()
-    (tmp_path / 'parts' / 'step000005_test.npz').unlink()
-    done, real = [], ex.measure
-    monkeypatch.setattr(ex, 'measure', lambda *a, **k: (done.append(a[2]), real(*a, **k))[1])
+def test_wrong_arguments(kw, says, tmp_path, monkeypatch):
     monkeypatch.setattr(ex, 'train', None)
-    again = run_overlap(own(), **ASK, out=tmp_path)
-    assert done == ['test'] and compare(full, again) == {} and (again.seconds != full.seconds).sum() == 1
+    with pytest.raises(ValueError, match=says) as e:
+        go(out=tmp_path / 'run', **kw)
+    assert '\n' not in str(e.value) and not (tmp_path / 'run').exists()
 
 
 def test_a_resumed_run_multiplies_as_it_began(tmp_path, monkeypatch):
     "Above 65,536 parameters the fastest way is measured, once for all parts and for those of a later process"
-    used, real, H = [], ex.measure, ex.HessianLinearOperator
-    problem, ask = own(hidden=11000), ASK | dict(steps=5, snapshots=[0, 5], k=2)
-    assert problem.n_params >= 2**16
-    monkeypatch.setattr(ex, 'measure', lambda *a: (used.append(a[-1]), real(*a))[1])
-    monkeypatch.setattr(H, '_measure', lambda self, V: 'batched')
-    full = run_overlap(problem, **ask, out=tmp_path / 'full')
-    assert json.loads((tmp_path / 'full' / 'strategy.json').read_text()) == 'batched' and used == ['batched'] * 4
-    (tmp_path / 'full' / 'record.json').unlink()
-    for o in ('000000_test', '000005_train'):
-        (tmp_path / 'full' / 'parts' / f'step{o}.npz').unlink()
-    monkeypatch.setattr(H, '_measure', lambda self, V: 'single')
-    assert compare(run_overlap(problem, **ask, out=tmp_path / 'full'), full) == {} and used == ['batched'] * 6
-    (tmp_path / 'full' / 'record.json').unlink()
-    (tmp_path / 'full' / 'strategy.json').write_text('damaged')
-    assert (
-        compare(run_overlap(problem, **ask, out=tmp_path / 'full'), full) == {} and len(used) == 6
-    )  # nothing is left to do
-    run_overlap(problem, **ask, out=tmp_path / 'full', overwrite=True)
-    assert json.loads((tmp_path / 'full' / 'strategy.json').read_text()) == 'single' and used[6:] == ['single'] * 4
-    assert ex._strategy(own(), own().theta0, dict(n=27), None) is None
+    wide, seen = partial(make_problem, hidden=11000), []
+    real = ex.HessianLinearOperator
+    few = dict(snapshots=[0, 1], steps=1, num_random=1, method=Eigsh(k=2, tol=1e-2), out=tmp_path)
+    import hessian_overlap.runs as runs
+
+    class Watched(real):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            seen.append(kw.get('strategy'))
+
+    monkeypatch.setattr(runs, 'HessianLinearOperator', Watched)
+    go(wide, **few)
+    chosen = json.loads((tmp_path / 'strategy.json').read_text())
+    assert chosen in real.strategies and seen.count(chosen) == 4
+    (tmp_path / 'strategy.json').write_text(json.dumps('linearise' if chosen != 'linearise' else 'loop'))
+    other = json.loads((tmp_path / 'strategy.json').read_text())
+    if other in real.strategies:
+        Run(tmp_path).file('parts', 0, 1, 'test').unlink()
+        seen.clear()
+        go(wide, **few)
+        assert seen.count(other) == 1
 
 
-def cli(*argv, **kw):
-    return subprocess.run(
-        [sys.executable, '-m', 'hessian_overlap', *map(str, argv)], capture_output=True, text=True, env=QUIET, **kw
+# ------------------------------------------------------------------------------------------------ one model, any batch
+
+
+def regression():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+    x = torch.randn(40, 6)
+    return model, x, x[:, :1].sin()
+
+
+def by_dict(model, batch):
+    return (model(batch['x']) - batch['y']).square().mean()
+
+
+Triple = namedtuple('Triple', 'x y w')
+
+
+def by_triple(model, batch):
+    x, y, w = batch
+    return (w * (model(x) - y).square()).mean()
+
+
+class TwoInputs(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, scale):
+        return self.net(x) * scale
+
+
+@pytest.mark.parametrize('kind', ['pair', 'loader', 'dict', 'triple', 'nested', 'kwargs'])
+def test_any_form_of_batch(kind, tmp_path):
+    model, x, y = regression()
+    loss, data = nn.MSELoss(), [(x, y)]
+    want = overlap_record(model, loss, data, Eigsh(k=5), num_random=2, seed=0)
+    if kind == 'loader':
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=40)
+    elif kind == 'dict':
+        loss, data = by_dict, [dict(x=x, y=y)]
+    elif kind == 'triple':
+        loss, data = by_triple, [Triple(x, y, torch.ones(40, 1))]
+    elif kind == 'nested':
+        model, data = TwoInputs(model), [((x, torch.ones(40, 1)), y)]
+    elif kind == 'kwargs':
+        model, data = TwoInputs(model), [(dict(x=x, scale=torch.ones(40, 1)), y)]
+    got = overlap_record(model, loss, data, Eigsh(k=5), num_random=2, seed=0)
+    np.testing.assert_allclose(got.overlap, want.overlap, atol=1e-4)
+    np.testing.assert_allclose(got.loss, want.loss, rtol=1e-6)
+    assert got.loss.item() == pytest.approx(nn.functional.mse_loss(regression()[0](x), y).item())
+    state = {0: model.state_dict()}
+    again = run_checkpoints(model, loss, data, state, Eigsh(k=5), num_random=2, seed=0, out=tmp_path, progress=False)
+    assert same_numbers(again, got)
+
+
+def test_splits_of_one_model():
+    model, x, y = regression()
+    halves = dict(first=[(x[:20], y[:20])], second=[(x[20:], y[20:])])
+    ds = overlap_record(model, nn.MSELoss(), halves, SLQ(ks=[2, 5], num_probes=2, num_steps=6), num_random=0, seed=4)
+    assert ds.split.values.tolist() == ['first', 'second'] and ds.problem == 'Sequential' and ds.method == 'slq'
+    assert ds.seed.values.tolist() == [4] and ds.step.values.tolist() == [0] and ds.draw.size == 0
+    assert np.isnan(ds.accuracy).all() and ds.loss[0, 0, 0] != ds.loss[0, 0, 1]
+    with pytest.raises(ValueError, match='data has no split'):
+        overlap_record(model, nn.MSELoss(), {}, seed=0)
+
+
+# ------------------------------------------------------------------------------------------------ problems in files
+
+
+FILE = """
+import torch, beside
+from own import make_problem as of_tests
+
+def make_problem(seed=0, dtype=None):
+    return of_tests(seed)
+
+def fixed(): return of_tests(7)
+
+def given():
+    x = torch.ones(8, 3).double()
+    return of_tests(0).model, torch.nn.CrossEntropyLoss(), {'all <b>': [(x, torch.zeros(8).long())]}
+"""
+
+
+def test_problems_by_name_and_by_file(tmp_path):
+    (tmp_path / 'mine.py').write_text(FILE)
+    (tmp_path / 'beside.py').write_text('')
+    file, path = str(tmp_path / 'mine.py'), list(sys.path)
+    assert problem_maker('mnist_mini')(3).seed == 3
+    assert problem_maker(file)(2).seed == 2 and problem_maker(f'{file}:make_problem', dtype=torch.float64)(4).seed == 4
+    assert problem_maker(f'{file}:fixed')(0).seed == 7
+    given = problem_maker(f'{file}:given')(0)
+    assert given.splits == ['all <b>'] and sys.path == path
+    with pytest.raises(ValueError, match='mine.py has no function nothing'):
+        problem_maker(f'{file}:nothing')(0)
+    with pytest.raises(FileNotFoundError):
+        problem_maker('nowhere.py')
+    with pytest.raises(ValueError, match='unknown problem'):
+        problem_maker('nowhere')(0)
+    state = {1: given.model.state_dict()}
+    ds = run_checkpoints(
+        given, checkpoints=state, method=Eigsh(k=3), num_random=1, seed=0, out=tmp_path / 'run', progress=False
     )
+    assert ds.split.values.tolist() == ['all <b>'] and same_numbers(load_record(tmp_path / 'run'), ds)
 
 
-def start(d, *more):
-    return subprocess.Popen(
-        [
-            sys.executable,
-            '-m',
-            'hessian_overlap',
-            'run',
-            'mnist_mini',
-            *SMALL,
-            '--steps',
-            '100',
-            '--out',
-            str(d),
-            *more,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=QUIET,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # a job in the background ignores it, and its children would
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def wait_for(p, d, parts):
-    "Until the run has settings and this many parts"
-    end = time.time() + 120
-    while (
-        time.time() < end
-        and p.poll() is None
-        and not ((d / 'settings.json').exists() and len(list(d.glob('parts/*.npz'))) >= parts)
-    ):
-        time.sleep(0.005)
-    assert p.poll() is None, p.communicate()
+def saved(d, kind, model, step):
+    "A checkpoint of some kind, and where it is"
+    state = model.state_dict()
+    if kind == 'state_dict':
+        torch.save(state, f'{d}/model_{step}.pt')
+        return f'{d}/model_{step}.pt'
+    if kind == 'lightning':
+        inside = dict(state_dict={f'model.{k}': v for k, v in state.items()}, global_step=step, epoch=1, callbacks={})
+        torch.save(inside, f'{d}/epoch=77.ckpt')
+        return f'{d}/epoch=77.ckpt'
+    if kind == 'compiled':
+        torch.save(dict(model={f'module._orig_mod.{k}': v for k, v in state.items()}, step=step), f'{d}/last.pt')
+        return f'{d}/last.pt'
+    folder = Path(d) / f'checkpoint-{step}'
+    folder.mkdir()
+    from safetensors.torch import save_file
+
+    if kind == 'safetensors':
+        save_file(state, folder.with_suffix('.safetensors'))
+        return folder.with_suffix('.safetensors')
+    if kind == 'pretrained':
+        save_file(state, folder / 'model.safetensors')
+        (folder / 'trainer_state.json').write_text(json.dumps(dict(global_step=step)))
+        folder.rename(folder.with_name('final'))
+        return folder.with_name('final')
+    names = list(state)
+    for i in range(2):
+        torch.save({k: state[k] for k in names[i::2]}, folder / f'part{i}.bin')
+    index = dict(weight_map={k: f'part{i % 2}.bin' for i, k in enumerate(names)})
+    (folder / 'pytorch_model.bin.index.json').write_text(json.dumps(index))
+    return folder
 
 
-def test_kill_9_and_ctrl_c(tmp_path):
-    "A process killed three times, once before its first part, then interrupted, ends with the record of one left alone"
-    full = cli('run', 'mnist_mini', *SMALL, *LONGER, '--steps', 100, '--out', tmp_path / 'full')
-    assert full.returncode == 0, full.stderr
-    d = tmp_path / 'killed'
-    for parts in (0, 1, 3):
-        p = start(d, *LONGER)
-        wait_for(p, d, parts)
-        p.send_signal(signal.SIGKILL)
-        p.communicate()
-        assert not (d / 'record.json').exists()
-    p = start(d, *LONGER)
-    wait_for(p, d, 4)
-    p.send_signal(signal.SIGINT)
-    out, err = p.communicate()
-    assert p.returncode == 130 and 'Traceback' not in err and 'takes the run up again' in err.splitlines()[-1]
-    unfinished = cli('show', d)
-    assert unfinished.returncode == 2 and re.search('not finished .[45] of 6 parts', unfinished.stderr)
-    last = cli('run', 'mnist_mini', *SMALL, *LONGER, '--steps', 100, '--out', d)
-    assert last.returncode == 0 and re.search('resuming .*: [45] of 6 parts are there', last.stdout), last.stderr
-    assert compare(OverlapRecord.load(tmp_path / 'full'), OverlapRecord.load(d)) == {}
-    assert sorted(
-        o.relative_to(d).as_posix() for o in d.rglob('*') if o.is_file() and not o.name.startswith('.')
-    ) == sorted(o.relative_to(tmp_path / 'full').as_posix() for o in (tmp_path / 'full').rglob('*') if o.is_file())
-    for f in ('overlap_over_training', 'overlap_curve', 'spectrum'):
-        png = (d / 'figures' / f'{f}.png').read_bytes()
-        assert png[:4] == b'\x89PNG' and f'{f}.png' in last.stdout
+def with_buffers(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+    model(torch.randn(30, 4))
+    return model.eval()
 
 
-# --------------------------------------------------------------------------------- the command line
+KINDS = ['state_dict', 'lightning', 'compiled', 'safetensors', 'pretrained', 'shards']
 
 
-def call(*argv):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(o) for o in argv])
-    return (
-        code,
-        out.getvalue(),
-        ''.join(l for l in err.getvalue().splitlines(True) if l.startswith('hessian-overlap:')),
-        err.getvalue(),
-    )
+@pytest.mark.parametrize('kind', KINDS)
+def test_checkpoints_of_every_kind(kind, tmp_path):
+    model = with_buffers()
+    state, step = read_checkpoint(saved(tmp_path, kind, model, 1200))
+    assert step == 1200
+    other = load_checkpoint(with_buffers(1), state)
+    for name, t in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], t), name
 
 
-@pytest.fixture(scope='module')
-def done(tmp_path_factory):
-    d = tmp_path_factory.mktemp('runs') / 'done'
-    code, out, said, err = call('run', 'mnist_mini', *SMALL, '--steps', 0, '--out', d)
-    assert code == 0, err
-    return d, out
+def test_checkpoints_of_a_run(tmp_path):
+    "In any order of names, buffers among them; resumed; a file that changed is another run"
+    model, x = with_buffers(), torch.randn(40, 4)
+    data, states = [(x, (x[:, 0] > 0).long())], {step: with_buffers(step) for step in (900, 50, 1000)}
+    (tmp_path / 'ck').mkdir()
+    for step, m in states.items():
+        saved(tmp_path / 'ck', 'state_dict', m, step)
+    kw = dict(method=Eigsh(k=4), num_random=1, seed=0, progress=False)
+    go = partial(run_checkpoints, model, nn.CrossEntropyLoss(), data, f'{tmp_path}/ck/*.pt', out=tmp_path / 'run', **kw)
+    ds = go()
+    assert ds.step.values.tolist() == [50, 900, 1000] and ds.split.values.tolist() == ['data']
+    for step, m in states.items():
+        one = overlap_record(m, nn.CrossEntropyLoss(), data, Eigsh(k=4), num_random=1, seed=0)
+        assert same_numbers(one, ds.sel(step=[step]), ('step',))
+    (tmp_path / 'run/record.zarr.zip').unlink()
+    Run(tmp_path / 'run').file('parts', 0, 900, 'data').unlink()
+    assert compare(go(), ds) == {}
+    saved(tmp_path / 'ck', 'state_dict', with_buffers(3), 900)
+    with pytest.raises(ValueError, match='training = '):
+        go()
 
 
-def test_a_run_prints_its_table_and_says_where_the_figures_are(done):
-    d, out = done
-    r = OverlapRecord.load(d)
-    for line in r.table().splitlines()[:4]:
-        assert line in out  # the rows printed as it went are those of the record
-    for f in sorted((d / 'figures').iterdir()):
-        assert str(f) in out
-    assert len(list((d / 'figures').iterdir())) == 3 and 'matvecs' in out and str(d) in out
+@pytest.mark.parametrize(
+    'make, says',
+    [
+        (lambda s: {k: v for k, v in s.items() if k != '1.running_mean'}, r'lacks 1 of 9, first 1.running_mean'),
+        (lambda s: s | {'4.weight': torch.ones(1)}, 'model, which has no 4.weight'),
+        (lambda s: s | {'0.bias': torch.ones(7)}, r'0.bias is \(7,\), in the model \(5,\)'),
+        (lambda s: {}, 'lacks 9 of 9'),
+    ],
+    ids=range(4),
+)
+def test_checkpoints_that_do_not_fit(make, says):
+    model = with_buffers()
+    with pytest.raises(ValueError, match=says) as e:
+        load_checkpoint(model, make(model.state_dict()))
+    assert '\n' not in str(e.value)
 
 
-def test_show_draws_again_without_computing(done, monkeypatch):
-    d, _ = done
-    before = {f.name: f.read_bytes() for f in d.rglob('*') if f.is_file()}
-    for f in (d / 'figures').iterdir():
-        f.unlink()
-    for name in ('train', 'eigsh', 'seigh', 'measure', 'make_problem'):
-        monkeypatch.setattr(ex, name, None)
-    code, out, said, err = call('show', d)
-    assert code == 0 and not err and OverlapRecord.load(d).table() in out and 'overlap_curve.png' in out
-    assert {f.name for f in d.rglob('*') if f.is_file()} == before.keys() and all(
-        (d / n).read_bytes() == before[n] for n in ('record.json', 'record.npz', 'settings.json')
-    )
+def test_a_tied_parameter_may_be_missing():
+    class Tied(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+    a, b = Tied(0), Tied(1)
+    state = {'embed.weight': a.embed.weight.detach()}
+    assert torch.equal(load_checkpoint(b, state).head.weight, a.embed.weight)
 
 
-def test_a_finished_run_is_not_overwritten_in_silence(done):
-    d, _ = done
-    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in d.rglob('*') if f.is_file()}
-    for more in ([], ['--k', '13']):
-        code, out, said, err = call('run', 'mnist_mini', *SMALL, '--steps', 0, '--out', d, *more)
-        assert (
-            code == 2
-            and 'holds a finished run' in said
-            and f'hessian-overlap show {d}' in said
-            and '--overwrite' in said
-        )
-    assert before == {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in d.rglob('*') if f.is_file()}
+class Anything:
+    "What a checkpoint of somebody else may hold"
 
 
-def test_overwrite_removes_only_a_run(tmp_path):
-    d = tmp_path / 'run'
-    assert call('run', 'mnist_mini', *SMALL, '--steps', 10, '--out', d)[0] == 0
-    (d / 'notes.txt').write_text('mine')
-    assert call('run', 'mnist_mini', *SMALL, '--steps', 0, '--out', d, '--overwrite', '--seed', 3)[0] == 0
-    assert (
-        OverlapRecord.load(d).seed == 3
-        and len(list(d.glob('parts/*.npz'))) == 2
-        and (d / 'notes.txt').read_text() == 'mine'
-    )
-
-
-def test_other_settings_are_refused_by_name(tmp_path):
-    d = tmp_path / 'run'
-    s = dict(ASK, out=d)
-    run_overlap(own(), **s)
-    (d / 'record.json').unlink()
-    before = sorted(d.rglob('*'))
-    for change, says in [
-        (dict(k=7), 'k = 6 there and 7 here'),
-        (dict(seed=1), 'seed = 0 there and 1 here'),
-        (dict(tol=1e-3), 'tol = 1e-05 there and 0.001 here'),
-        (dict(method='seigh'), "method = 'eigsh' there"),
-        (dict(snapshots=[0, 10]), r'snapshots = \[0, 5, 10\] there'),
-        (dict(num_random=4), 'num_random = 3'),
-        (dict(samples=20), 'samples = 30 there'),
+def test_checkpoints_that_cannot_be_read(tmp_path):
+    torch.save(dict(model=Anything()), tmp_path / 'a_1.pt')
+    torch.save(dict(w=torch.ones(1)), tmp_path / 'final.pt')
+    (tmp_path / 'b_2.pt').write_bytes(b'not a file of torch')
+    (tmp_path / 'c_3').mkdir()
+    for name, says in [
+        ('a_1.pt', 'holds more than tensors and numbers'),
+        ('b_2.pt', 'damaged or holds more'),
+        ('final.pt', 'says no step, neither inside nor in its name: give {step: path}'),
     ]:
         with pytest.raises(ValueError, match=says) as e:
-            run_overlap(own(), **s | change)
-        assert '\n' not in str(e.value) and 'begun with other settings' in str(e.value)
-    for p, says in [
-        (own(lr=0.1), 'lr = 0.5 there and 0.1'),
-        (own(seed=1), 'parameters = .*data = '),
-        (own(hidden=6), 'n = 32 there and 38'),
-    ]:
-        with pytest.raises(ValueError, match=says):
-            run_overlap(p, **s)
-    assert sorted(d.rglob('*')) == before
+            read_checkpoint(tmp_path / name)
+        assert '\n' not in str(e.value)
+    with pytest.raises(FileNotFoundError, match='has no weights: expected model.safetensors or pytorch_model.bin'):
+        read_checkpoint(tmp_path / 'c_3')
+    with pytest.raises(ValueError, match='there are no checkpoints'):
+        run_checkpoints(with_buffers(), nn.MSELoss(), [0], f'{tmp_path}/*.nothing', seed=0)
+    torch.save({}, tmp_path / 'd_1.pt')
+    torch.save({}, tmp_path / 'e_1.pt')
+    with pytest.raises(ValueError, match='two checkpoints are of one step'):
+        run_checkpoints(with_buffers(), nn.MSELoss(), [0], [tmp_path / 'd_1.pt', tmp_path / 'e_1.pt'], seed=0)
 
 
-def test_threads_are_a_setting(tmp_path):
-    "Another number of threads adds in another order, so a run is not mixed from two"
-    was = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        run_overlap(own(), **ASK, out=tmp_path)
-        (tmp_path / 'record.json').unlink()
-        torch.set_num_threads(2)
-        with pytest.raises(ValueError, match='threads = 1 there and 2 here'):
-            run_overlap(own(), **ASK, out=tmp_path)
-    finally:
-        torch.set_num_threads(was)
+def test_a_problem_that_cannot_be_pickled(tmp_path, monkeypatch):
+    "Runs in this process all the same; with an executor it is said before anything is submitted"
+    monkeypatch.setitem(sys.modules, 'cloudpickle', None)
+
+    def local(seed):  # which pickle refuses
+        return make_problem(seed)
+
+    go(local, out=tmp_path / 'a')
+    assert not (tmp_path / 'a' / 'problem.pickle').exists()
+    with pytest.raises(
+        TypeError, match='cannot be sent to other processes .*: define it in a file, or install cloudpickle'
+    ):
+        go(local, out=tmp_path / 'b', executor=object())
 
 
-def argv(*more):
-    return ['run', 'mnist_mini', *SMALL, '--steps', '0', *more]
-
-
-BAD = {
-    'no command': ([], 'no command'),
-    'unknown command': (['walk'], "unknown command 'walk'"),
-    'no problem': (['run'], 'problem'),
-    'unknown problem': (['run', 'imagenet'], "unknown problem 'imagenet'; known: mnist_mini"),
-    'k above n': (argv('--k', '7031'), 'k = 7031 is more than the n = 7030'),
-    'k zero': (argv('--k', '0'), 'k must be .*, got 0'),
-    'k negative': (argv('--k=-3'), 'got -3'),
-    'k no number': (argv('--k', 'ten'), 'ten'),
-    'k a fraction': (argv('--k', '2.5'), '2.5'),
-    'steps': (argv('--steps=-1'), 'steps must be'),
-    'samples not divisible': (argv('--samples', '105'), 'samples=105'),
-    'samples zero': (argv('--samples', '0'), 'samples'),
-    'samples too many': (argv('--samples', '5000'), 'samples=5000'),
-    'method': (argv('--method', 'power'), "unknown method 'power'; choose eigsh, seigh or slq"),
-    'dtype': (argv('--dtype', 'float16'), "unknown dtype 'float16'"),
-    'device': (argv('--device', 'tpu9'), "device 'tpu9' cannot be used"),
-    'no such gpu': (argv('--device', 'cuda:99'), "device 'cuda:99' cannot be used"),
-    'seed': (argv('--seed=-1'), 'seed'),
-    'seed too large': (argv('--seed', str(2**40)), 'seed'),
-    'inner below outer': (
-        argv('--method', 'seigh', '--num-outer', '30', '--num-inner', '20'),
-        'num_inner = 20 is less than num_outer = 30',
-    ),
-    'outer below k': (argv('--method', 'seigh', '--num-outer', '11'), 'num_outer must be .*12'),
-    'inner above n': (argv('--method', 'seigh', '--num-inner', '8000'), 'num_inner must be .*7030'),
-    'outer for eigsh': (argv('--num-outer', '30'), 'num_outer is a setting of seigh'),
-    'steps for eigsh': (argv('--num-steps', '30'), 'num_steps is a setting of slq; the method is eigsh'),
-    'probes for seigh': (
-        argv('--method', 'seigh', '--num-probes', '4'),
-        'num_probes is a setting of slq; the method is seigh',
-    ),
-    'tol for slq': (argv('--method', 'slq', '--tol', '1e-3'), 'tol is a setting of eigsh; the method is slq'),
-    'outer for slq': (
-        argv('--method', 'slq', '--num-outer', '30'),
-        'num_outer is a setting of seigh; the method is slq',
-    ),
-    'no probe': (argv('--method', 'slq', '--num-probes', '0'), 'num_probes must be .*1 and at most 7030, got 0'),
-    'three steps': (argv('--method', 'slq', '--num-steps', '3'), 'num_steps must be .*4, got 3'),
-    'no room': (
-        argv('--method', 'slq', '--num-steps', '900'),
-        '900 blocks of 8 probes do not fit into 7030 parameters, 876 do',
-    ),
-    'probes without room': (
-        argv('--method', 'slq', '--num-probes', '2000'),
-        'slq with 2000 probes needs at least 12000',
-    ),
-    'slq at n': (argv('--method', 'slq', '--k', '7030'), 'slq goes up to k = 7029'),
-    'slq above n': (argv('--method', 'slq', '--k', '7031'), 'k = 7031 is more than'),
-    'steps a fraction': (argv('--method', 'slq', '--num-steps', '4.5'), '4.5'),
-    'tol for seigh': (argv('--method', 'seigh', '--tol', '1e-3'), 'tol is a setting of eigsh'),
-    'tol zero': (argv('--tol', '0'), 'tol must be'),
-    'tol nan': (argv('--tol', 'nan'), 'tol must be'),
-    'tol negative': (argv('--tol=-1e-3'), 'tol must be'),
-    'threads zero': (argv('--threads', '0'), 'threads must be'),
-    'block zero': (argv('--block-size', '0'), 'block_size must be'),
-    'random masks': (argv('--num-random=-1'), 'num_random'),
-    'root': (argv('--root', '/nonexistent'), 'sha256.*/nonexistent'),
-    'unknown option': (argv('--kk', '3'), 'kk'),
-    'unwritable': (argv('--out', '/proc/runs/x'), 'cannot write to /proc/runs/x'),
-    'two problems': (['run', 'mnist_mini', 'other'], 'other'),
-    'show nothing': (['show'], 'run'),
-    'show missing': (['show', 'nowhere'], 'no record in nowhere'),
-}
-
-
-@pytest.mark.parametrize('case', BAD)
-def test_bad_input_gives_one_sentence(case, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ex, 'train', None)  # none of these gets as far as training
-    args, says = BAD[case]
-    code, out, said, err = call(*args)
-    assert code == 2 and err == said and said.count('\n') == 1 and re.search(says, said), err
-    assert not list(tmp_path.iterdir())  # and none leaves anything behind
-
-
-def damaged(d, file, f):
-    (d / file).write_bytes(f((d / file).read_bytes()))
-    return d
-
-
-@pytest.mark.parametrize(
-    'file, f, says',
-    [
-        ('record.npz', lambda b: b[:-9], 'record.npz is damaged'),
-        ('record.json', lambda b: b[:-9], 'record.json is damaged'),
-        ('record.json', lambda b: b.replace(b'"schema": 1', b'"schema": 7'), 'update the package'),
-    ],
-    ids=['npz', 'json', 'newer'],
-)
-def test_show_a_damaged_record(file, f, says, done, tmp_path):
-    import shutil
-
-    d = damaged(Path(shutil.copytree(done[0], tmp_path / 'd')), file, f)
-    code, out, said, err = call('show', d)
-    assert code == 2 and not out and err == said and said.count('\n') == 1 and says in said
-
-
-def test_folders_that_are_not_for_us(tmp_path):
-    (tmp_path / 'file').write_text('x')
-    (tmp_path / 'photos').mkdir()
-    (tmp_path / 'photos' / 'cat.png').write_text('x')
-    for out, says in [
-        ('file', 'cannot write to .*file'),
-        ('file/below', 'cannot write to'),
-        ('photos', 'not a run folder and is not empty .it has cat.png'),
-    ]:
-        for more in ([], ['--overwrite']):
-            code, _, said, err = call(*argv('--out', tmp_path / out, *more))
-            assert code == 2 and re.search(says, said) and err == said, err
-    assert (tmp_path / 'photos' / 'cat.png').read_text() == 'x' and len(list(tmp_path.rglob('*'))) == 3
-
-
-def test_damaged_settings(done, tmp_path):
-    import shutil
-
-    d = damaged(Path(shutil.copytree(done[0], tmp_path / 'd')), 'settings.json', lambda b: b[:9])
-    (d / 'record.json').unlink()
-    code, _, said, _ = call(*argv('--out', d))
-    assert code == 2 and 'settings.json is damaged' in said
-    assert (
-        call(*argv('--out', d, '--overwrite'))[0] == 0
-        and compare(OverlapRecord.load(d), OverlapRecord.load(done[0])) == {}
-    )
-
-
-def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
-    "No record, a sentence that names step and learning rate, exit code 2"
-    real = ex.make_problem
-
-    def wild(*a, **k):
-        p = real(*a, **k)
-        p.lr = 3e38
-        return p
-
-    monkeypatch.setattr(ex, 'make_problem', wild)
-    code, out, said, err = call('run', 'mnist_mini', *SMALL, '--steps', 50, '--out', tmp_path / 'r')
-    assert (
-        code == 2
-        and said.count('\n') == 1
-        and 'Traceback' not in err
-        and re.search('lr=3e.38', said)
-        and not (tmp_path / 'r' / 'record.json').exists()
-    )
-
-
-def test_a_full_disk_is_a_sentence_and_the_run_can_go_on(tmp_path, monkeypatch):
-    real, count = ex.write_atomic, [0]
-
-    def full(path, data):
-        count[0] += Path(path).parent.name == 'parts'
-        if count[0] == 2:
-            raise OSError(28, 'No space left on device', str(path))
-        return real(path, data)
-
-    with monkeypatch.context() as m:
-        m.setattr(ex, 'write_atomic', full)
-        code, out, said, err = call(*argv('--out', tmp_path / 'r'))
-        assert code == 2 and 'No space left on device' in said and said.count('\n') == 1
-    assert call(*argv('--out', tmp_path / 'r'))[0] == 0
-
-
-def test_out_of_memory_is_a_sentence_and_a_bug_is_not(monkeypatch):
-    def no_room(*a, **k):
-        raise RuntimeError(
-            '[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: '
-            "can't allocate memory: you tried to allocate 9e15 bytes."
-        )
-
-    monkeypatch.setattr(ex, 'make_problem', no_room)
-    code, _, said, err = call(*argv())
-    assert code == 2 and "can't allocate memory" in said and err == said
-
-    def bug(*a, **k):
-        raise RuntimeError('expected scalar type')
-
-    monkeypatch.setattr(ex, 'make_problem', bug)
-    with pytest.raises(RuntimeError, match='scalar type'):
-        main(argv())
-
-
-@pytest.mark.parametrize(
-    'spoil, says',
-    [
-        (lambda p: p.model.append(torch.nn.Dropout()), 'training mode'),
-        (lambda p: setattr(p, 'train_x', p.train_x[:0]) or setattr(p, 'train_y', p.train_y[:0]), 'samples|empty|0 of'),
-        (lambda p: p.train_x.fill_(np.nan), 'nan'),
-    ],
-    ids=['dropout', 'empty', 'nan'],
-)
-def test_problems_that_went_bad_are_refused(spoil, says, tmp_path):
-    p = own()
-    spoil(p)
-    if 'training' in says:
-        p.model.train()
-    with pytest.raises((ValueError, FloatingPointError), match=says):
-        run_overlap(p, **ASK, out=tmp_path / 'r')
-    assert not (tmp_path / 'r' / 'record.json').exists()
-
-
-def test_the_program_itself(done, tmp_path):
-    "The installed command and `python -m` are the same, help works, nothing ends in a traceback"
-    prog = Path(sys.executable).with_name('hessian-overlap')
-    run = lambda *a: subprocess.run([prog, *map(str, a)], capture_output=True, text=True, env=QUIET, cwd=tmp_path)
-    h = run('run', '--help')
-    assert h.returncode == 0, h.stderr
-    options = (
-        '--k --steps --samples --method --num-outer --num-inner --num-probes --num-steps --tol --block-size '
-        '--device --dtype --threads --seed --root --out --overwrite'
-    )
-    for o in options.split():
-        assert re.search(rf'{o}\b', h.stdout), o
-    assert '--num_outer' not in h.stdout and '--pdb' not in h.stdout
-    assert (
-        call('--help')[0] == call('--version')[0] == call('show', '--help')[0] == 0
-        and 'show RUN' in call('--help')[1]
-        and call('--version')[1].startswith('hessian-overlap ')
-    )
-    bad = run('run', 'mnist_mini', '--k', 0)
-    assert (
-        bad.returncode == 2
-        and bad.stderr.count('\n') == 1
-        and bad.stderr.startswith('hessian-overlap: k must be')
-        and not list(tmp_path.iterdir())
-    )
-    a, b = run('show', done[0]), cli('show', done[0])
-    assert a.returncode == b.returncode == 0 and a.stdout == b.stdout and not a.stderr
-    head = subprocess.run(f"'{prog}' show '{done[0]}' | head -1", shell=True, capture_output=True, text=True, env=QUIET)
-    assert 'Traceback' not in head.stderr and 'OverlapRecord' in head.stdout
-
-
-def test_dtype_seed_and_out_do_what_they_say(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    a = argv('--dtype', 'float64', '--seed', '2', '--num_random', '1')
-    assert call(*a)[0] == 0
-    r = OverlapRecord.load('runs/mnist_mini')
-    assert (r.settings['dtype'], r.seed, r.settings['problem_seed'], r.random.shape[2]) == ('float64', 2, 2, 1)
-    p = make_problem('mnist_mini', seed=2, device='cpu', dtype=torch.float64)
-    H = ex.HessianLinearOperator(p.model, p.loss_func, p.params, p.hessian_data('test', 100))
-    res = ex.eigsh(H, 12, tol=1e-5, seed=2)
-    assert (r.eigvals[0, 1] == res.eigvals.numpy()).all()  # the record can be made by hand, bit for bit
-    assert (r.magnitude[0, 1] == overlap_curve(magnitude_order(p.params), res.eigvecs).numpy()).all()
+def test_importing_the_package_is_light():
+    "Neither xarray nor zarr nor matplotlib nor pandas before they are asked for"
+    heavy = 'xarray', 'zarr', 'matplotlib', 'pandas'
+    code = f'import sys, hessian_overlap; print([m for m in {heavy} if m in sys.modules])'
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.stdout.strip() == '[]', out.stderr

@@ -1,445 +1,343 @@
-"Records: bit-equal through a file, refused when anything is wrong, compared field by field."
+"Records: bit-equal through a file, refused when anything is wrong, compared variable by variable, joined by xarray."
 
 import json
-import os
 import re
-from dataclasses import FrozenInstanceError, fields, replace
+import threading
 
 import numpy as np
 import pytest
-from made import made_up
+import xarray as xr
+from made import made_up, part
 
 from hessian_overlap.record import (
-    ALL,
-    ARRAYS,
-    OverlapRecord,
+    ATTRS,
+    LABELS,
+    VARIABLES,
     RecordError,
+    chance_std,
+    check_record,
     compare,
-    table_header,
+    load_record,
+    make_record,
+    pick,
+    save_record,
+    summary,
     table_ks,
-    write_atomic,
+    table_text,
 )
 
 KS = [3, 10, 40, 150, 600]
+MANY = [
+    dict(),
+    dict(k=1),
+    dict(k=60, n=60),
+    dict(R=0),
+    dict(steps=(7,)),
+    dict(splits=('test',)),
+    dict(splits=('a b', 'validation <i>', 'ünder/score')),
+    dict(method='seigh'),
+    dict(k=350, n=7030, steps=(0,)),
+    dict(ks=KS),
+    dict(ks=[1000], n=2000),
+    dict(ks=range(1, 9)),
+    dict(seeds=(0, 3, 1)),
+]
 
 
-def bits(r):
-    return {
-        name: (getattr(r, name).tobytes(), getattr(r, name).dtype, getattr(r, name).shape)
-        for name in ALL
-        if getattr(r, name) is not None
-    }
+def bits(ds):
+    return {name: (v.dims, v.dtype, v.values.tobytes()) for name, v in ds.variables.items()}
 
 
-@pytest.mark.parametrize(
-    'kw',
-    [
-        dict(),
-        dict(k=1),
-        dict(k=60, n=60),
-        dict(R=0),
-        dict(steps=(7,)),
-        dict(splits=('test',)),
-        dict(method='seigh'),
-        dict(k=350, n=7030),
-        dict(tables=True),
-        dict(tables=True, R=0),
-        dict(ks=KS),
-        dict(ks=KS, tables=True),
-        dict(ks=[1000], n=1000),
-        dict(ks=range(1, 9)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize('kw', MANY, ids=str)
 def test_loads_back_bit_equal(kw, tmp_path):
-    r = made_up(**kw)
-    s = OverlapRecord.load(r.save(tmp_path / 'a'))
-    assert bits(r) == bits(s) and compare(r, s) == {} and compare(r, s, ignore=()) == {}
-    for f in fields(r):
-        if f.name not in ALL:
-            assert getattr(r, f.name) == getattr(s, f.name), f.name
-    s.save(tmp_path / 'b')
-    for f in ('record.json', 'record.npz'):
-        assert (tmp_path / 'a' / f).read_bytes() == (tmp_path / 'b' / f).read_bytes()
+    ds = made_up(**kw)
+    file = save_record(ds, tmp_path / 'a')
+    back = load_record(tmp_path / 'a')
+    assert bits(back) == bits(ds) and back.attrs == ds.attrs and compare(ds, back, ignore=()) == {}
+    assert load_record(file).identical(back)
+    assert save_record(back, tmp_path / 'b').read_bytes() == file.read_bytes()
+    assert [o.name for o in (tmp_path / 'a').iterdir()] == ['record.zarr.zip']
 
 
 def test_strange_floats_survive(tmp_path):
-    odd = np.array([np.nan, np.inf, -0.0, 5e-324])
-    r = made_up(k=4, n=9)
-    r = replace(r, residuals=np.broadcast_to(odd, r.residuals.shape))
-    assert bits(OverlapRecord.load(r.save(tmp_path))) == bits(r)
+    ds = made_up(k=4, n=9)
+    ds.residuals[:] = np.array([np.nan, np.inf, 0.0, 5e-324])
+    ds.low[:] = -0.0
+    save_record(ds, tmp_path)
+    assert bits(load_record(tmp_path)) == bits(ds)
 
 
-def test_nothing_is_pickled(tmp_path):
-    made_up().save(tmp_path)
-    with np.load(tmp_path / 'record.npz', allow_pickle=False) as z:
-        assert sorted(z.files) == sorted(set(ARRAYS) - {'ks'}) and all(z[f].dtype != object for f in z.files)
+def test_any_zarr_reads_it(tmp_path):
+    "Without this package, and without its checksum"
+    from zarr.storage import ZipStore
+
+    ds = made_up()
+    store = ZipStore(save_record(ds, tmp_path), mode='r')
+    assert xr.open_zarr(store, consolidated=False, chunks=None).load().identical(ds)
+    store.close()
 
 
-def test_frozen():
-    r = made_up()
-    with pytest.raises(FrozenInstanceError):
-        r.k = 3
-    for name in ARRAYS:
-        with pytest.raises(ValueError, match='read-only'):
-            getattr(r, name)[...] = 0
+def test_the_schema_holds_whatever_the_method():
+    for kw in MANY:
+        ds = made_up(**kw)
+        assert {name: ' '.join(v.dims) for name, v in ds.data_vars.items()} == {
+            name: v.dims for name, v in VARIABLES.items()
+        }
+        assert set(ds.attrs) == set(ATTRS) and set(ds.coords) == {*LABELS, 'chance'}
+        assert all(v.attrs['long_name'] and v.attrs['units'] for v in ds.data_vars.values())
+        assert np.array_equal(ds.chance, ds.k / ds.n)
 
 
-def test_a_record_does_not_share_its_arrays():
-    a = np.ones((3, 2, 60))
-    r = made_up(best=a)
-    a[:] = 0
-    assert (r.best == 1).all()
+def test_splits_keep_their_order_and_steps_ascend():
+    ds = made_up(steps=(100, 0, 50), splits=('train', 'test', 'dev'), seeds=(5, 2))
+    assert ds.split.values.tolist() == ['train', 'test', 'dev'] and ds.seed.values.tolist() == [5, 2]
+    assert ds.step.values.tolist() == [0, 50, 100]
+
+
+def spoilt(name, value=np.nan, **at):
+    ds = made_up()
+    ds[name].loc[at] = value
+    return ds
 
 
 @pytest.mark.parametrize(
-    'change, says',
+    'make, says',
     [
-        (dict(eigvals=np.zeros((3, 2, 59))), r'eigvals has shape \(3, 2, 59\); expected K = 60'),
-        (dict(train_loss=np.zeros(4)), 'train_loss.*S = 3'),
-        (dict(matvecs=np.zeros((3, 3))), 'P = 2'),
-        (dict(steps=[0, 50, 50]), 'increase'),
-        (dict(steps=[]), 'S = 0|increase'),
-        (dict(k=61), 'k = 61'),
-        (dict(n=59), '1 ≤ k ≤ n'),
-        (dict(settings=dict(tol=np.nan)), 'plain JSON'),
-        (dict(settings=dict(a=object())), 'plain JSON'),
-        (dict(best=np.zeros(3)), 'shape'),
-        (dict(splits=('train',)), 'P = 1'),
+        (lambda: spoilt('overlap', 3.0), 'overlap is between 3 and 3; expected 0 to 1'),
+        (lambda: spoilt('overlap', -0.1), 'overlap is between -0.1'),
+        (lambda: spoilt('overlap', order='magnitude', k=3), 'overlap must be finite'),
+        (lambda: spoilt('random', draw=1), 'random must be finite'),
+        (lambda: spoilt('eigvals', k=3), 'eigvals must be finite'),
+        (lambda: spoilt('loss', np.inf), 'loss must be finite'),
+        (lambda: spoilt('accuracy', 1.5), 'accuracy is between 1.5'),
+        (lambda: spoilt('matvecs', -1), 'matvecs is between -1'),
+        (lambda: spoilt('layers', order='layerwise'), 'layers must be finite'),
+        (lambda: made_up().drop_vars('trusted'), 'lacks the variable trusted'),
+        (lambda: made_up().assign(more=1), 'more is not a variable of a record'),
+        (lambda: made_up().isel(seed=0), 'lacks labels of a dimension seed'),
+        (
+            lambda: made_up().transpose('step', ...),
+            r'dimensions \(step, seed, split, order, k\); expected \(seed, step',
+        ),
+        (lambda: made_up().assign(loss=lambda d: d.loss.astype('f4')), 'loss is float32; expected float64'),
+        (lambda: made_up().isel(step=[1, 0]), r'step must ascend, got \[50, 0\]'),
+        (lambda: made_up().isel(split=[0, 0]), 'labels of split must differ'),
+        (lambda: made_up().isel(step=[]), 'step has no labels'),
+        (lambda: made_up().assign_coords(split=[0, 1]), 'labels of split are int64'),
+        (lambda: made_up().assign_attrs(n=59), '1 to 60; expected 1 to n = 59'),
+        (lambda: made_up().assign_attrs(n=2000), 'chance is not k/n'),
+        (lambda: made_up().assign_attrs(settings={}), 'attribute settings of a record must be str'),
+        (lambda: made_up().isel(k=slice(0, 50)), 'rank 54 is not one of k'),
     ],
-    ids=lambda o: '' if isinstance(o, str) else ','.join(o),
+    ids=range(22),
 )
-def test_arrays_that_do_not_fit(change, says):
-    with pytest.raises(RecordError, match=says):
-        replace(made_up(), **change)
+def test_what_cannot_be_is_no_record(make, says, tmp_path):
+    with pytest.raises(RecordError, match=says) as e:
+        save_record(make(), tmp_path)
+    assert '\n' not in str(e.value) and not list(tmp_path.iterdir())
 
 
-def every_byte(data, step):
-    return range(0, len(data), step)
+def test_what_may_be_unknown():
+    for name in ('low', 'high', 'residuals', 'variance', 'accuracy'):
+        check_record(spoilt(name))
+    for name in ('overlap', 'table', 'layers', 'half'):
+        check_record(spoilt(name, order='best'))
+    rounded = made_up()
+    rounded['overlap'] = rounded.overlap * 0 + 1 + 1e-6
+    check_record(rounded)
+
+
+def test_parts_that_do_not_fit():
+    rng = np.random.default_rng(0)
+    parts = [part(rng, 0, step, split, 1000, np.arange(1, 61), 4, 'eigsh') for step in (0, 1) for split in 'ab']
+    with pytest.raises(RecordError, match='there is none for seed 0, step 1, b'):
+        make_record(parts[:3], problem='')
+    with pytest.raises(RecordError, match='at least one part'):
+        make_record([], problem='')
+    other = part(rng, 0, 1, 'b', 1000, np.arange(1, 61), 5, 'eigsh')
+    with pytest.raises(RecordError, match='not of one run: their draw differ'):
+        make_record([*parts[:3], other], problem='')
+    with pytest.raises(RecordError, match='plain JSON'):
+        make_record(parts, problem='', settings=dict(a=object()))
+    with pytest.raises(RecordError, match='plain JSON'):
+        make_record(parts, problem='', settings=dict(tol=np.nan))
+    assert make_record(reversed(parts), problem='').sel(split=['a', 'b']).equals(make_record(parts, problem=''))
+
+
+def test_many_saves_at_once(tmp_path):
+    "A reader finds one of the records, never damage"
+    made, stop = [made_up(seed=i, k=5, n=20) for i in range(2)], threading.Event()
+    save_record(made[0], tmp_path)
+
+    def save(ds):
+        while not stop.is_set():
+            save_record(ds, tmp_path)
+
+    writers = [threading.Thread(target=save, args=(ds,)) for ds in made]
+    for w in writers:
+        w.start()
+    try:
+        for _ in range(40):
+            back = load_record(tmp_path)
+            assert any(back.equals(ds) for ds in made)
+    finally:
+        stop.set()
+        for w in writers:
+            w.join()
 
 
 def test_any_flipped_byte_is_found(tmp_path):
-    r = made_up(k=5, n=20)
-    r.save(tmp_path)
-    for file in ('record.json', 'record.npz'):
-        good = (tmp_path / file).read_bytes()
-        for i in every_byte(good, 7):
-            if good[i : i + 1] in b' \n':
-                continue  # white space between the words of a JSON file carries nothing
-            (tmp_path / file).write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
-            with pytest.raises(RecordError) as e:
-                OverlapRecord.load(tmp_path)
-            assert '\n' not in str(e.value)
-        (tmp_path / file).write_bytes(good)
-    assert compare(OverlapRecord.load(tmp_path), r) == {}
+    ds = made_up(k=5, n=20)
+    file = save_record(ds, tmp_path)
+    good = file.read_bytes()
+    for i in range(0, len(good), 97):
+        file.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
+        with pytest.raises(RecordError, match='damaged') as e:
+            load_record(tmp_path)
+        assert '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize(
-    'spoil, says',
-    [
-        (lambda d: (d / 'record.json').unlink(), 'no record in .*record.json is not there'),
-        (lambda d: (d / 'record.npz').unlink(), 'record.npz is not there'),
-        (lambda d: (d / 'record.npz').write_bytes(b''), 'record.npz is damaged'),
-        (lambda d: (d / 'record.json').write_text(''), 'not the JSON'),
-        (lambda d: (d / 'record.json').write_text('[1]'), 'not the JSON'),
-        (lambda d: (d / 'record.json').write_text('{}'), 'not the JSON'),
-        (lambda d: (d / 'record.json').write_bytes(b'\xff\xfe'), 'not the JSON'),
-        (lambda d: (d / 'record.json').write_text('{"schema": "x"}'), 'schema'),
-        (lambda d: (d / 'record.json').write_text('{"schema": 1}'), 'sha256'),
-        (lambda d: (d / 'record.json').write_text('{"schema": 3, "new": 1}'), 'schema 3.*reads up to 2: update'),
-        (lambda d: ((d / 'record.json').unlink(), (d / 'record.json').mkdir()), 'cannot be read'),
-    ],
-    ids=range(11),
-)
-def test_damaged_records_give_one_sentence(spoil, says, tmp_path):
-    made_up().save(tmp_path)
-    spoil(tmp_path)
-    with pytest.raises(RecordError, match=says) as e:
-        OverlapRecord.load(tmp_path)
-    assert '\n' not in str(e.value)
-
-
-def test_a_folder_that_is_a_file(tmp_path):
+def test_missing_newer_and_unreadable(tmp_path):
+    with pytest.raises(RecordError, match='no record in .*: record.zarr.zip is not there'):
+        load_record(tmp_path)
     (tmp_path / 'f').write_text('x')
-    with pytest.raises(RecordError):
-        OverlapRecord.load(tmp_path / 'f')
-
-
-def test_two_saves_do_not_mix(tmp_path, monkeypatch):
-    "A crash while the second record is written leaves no record, rather than one with the arrays of another"
-    made_up(0).save(tmp_path)
-    real = os.replace
-
-    def crash(a, b):
-        if str(b).endswith('record.json'):
-            raise KeyboardInterrupt
-        return real(a, b)
-
-    monkeypatch.setattr(os, 'replace', crash)
-    with pytest.raises(KeyboardInterrupt):
-        made_up(1).save(tmp_path)
+    with pytest.raises(RecordError, match='damaged'):
+        load_record(tmp_path / 'f')
     with pytest.raises(RecordError, match='not there'):
-        OverlapRecord.load(tmp_path)
-    assert [o.name for o in tmp_path.iterdir()] == ['record.npz']  # and no temporary files
-
-
-def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    write_atomic(tmp_path / 'f', b'old')
-
-    def full(fd):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError):
-        write_atomic(tmp_path / 'f', b'new')
-    assert (tmp_path / 'f').read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1
+        load_record(tmp_path / 'f' / 'g')
+    ds = made_up(k=5, n=20).assign_attrs(schema=9)
+    save_record(ds, tmp_path)
+    with pytest.raises(RecordError, match='has schema 9, hessian_overlap .* reads 3'):
+        load_record(tmp_path)
+    (tmp_path / 'd' / 'record.zarr.zip').mkdir(parents=True)
+    with pytest.raises(RecordError, match='cannot be read'):
+        load_record(tmp_path / 'd')
 
 
 def test_compare_says_what_differs():
-    r = made_up()
-    assert compare(r, replace(r, seconds=r.seconds * 2)) == {} and list(
-        compare(r, replace(r, seconds=r.seconds * 2), ignore=())
-    ) == ['seconds']
-    assert compare(r, replace(r, seed=3)) == dict(seed=(0, 3))
-    b = r.best.copy()
-    b[1, 1, 3] += 1e-3
-    assert compare(r, replace(r, best=b))['best'] == pytest.approx(1e-3)
-    assert compare(r, replace(r, residuals=r.residuals * np.nan)).keys() == {'residuals'}
-    assert compare(r, made_up(k=50)).keys() >= {'k', 'eigvals'} and compare(r, made_up(k=50))['eigvals'] == (
-        (3, 2, 60),
-        (3, 2, 50),
-    )
-    assert compare(r, replace(r, settings=dict(tol=1e-5, environment=dict(host=1)))) == {}
-    assert compare(r, replace(r, settings={})) == {'settings[tol]': (1e-5, None)}
+    a = made_up()
+    assert compare(a, a.assign(seconds=a.seconds * 2)) == {}
+    assert list(compare(a, a.assign(seconds=a.seconds * 2), ignore=())) == ['seconds']
+    b = a.copy(deep=True)
+    b.overlap[0, 1, 1, 0, 3] += 1e-3
+    assert compare(a, b) == dict(overlap=pytest.approx(1e-3))
+    b.overlap[0, 1, 1, 0, 3] = np.nan
+    assert list(compare(a, b)) == ['overlap'] and np.isnan(compare(a, b)['overlap'])
+    assert list(compare(b, a)) == ['overlap'] and compare(b, b) == {}
+    assert compare(a, a.assign(residuals=a.residuals * np.nan)).keys() == {'residuals'}
+    assert compare(a, a.isel(k=slice(0, 54)))['k'] == ((60,), (54,))
+    assert compare(a, a.assign_coords(split=['a', 'b']))['split'] == (['train', 'test'], ['a', 'b'])
+    assert compare(a, a.assign_attrs(problem='x')) == dict(problem=('made_up', 'x'))
+    settings = json.dumps(json.loads(a.settings) | dict(samples=3))
+    assert compare(a, a.assign_attrs(settings=settings)) == {'settings.samples': (500, 3)}
+    assert compare(a, a.drop_vars('best', errors='ignore').drop_vars('variance')).keys() == {'variance'}
+    assert compare(a, a.assign(converged=~a.converged))['converged'] == 1
 
 
 @pytest.mark.parametrize('k, ks', [(1, [1]), (50, [50]), (60, [50, 60]), (100, [50, 100]), (350, [50, 100, 350])])
 def test_table_sizes(k, ks):
-    assert table_ks(k) == ks
+    assert table_ks(range(1, k + 1)) == ks
 
 
-def test_table_lines_up_and_says_the_numbers():
-    r = made_up(k=350, n=7030)
-    lines = r.table().splitlines()
-    assert len(lines) == 2 + 6 and len({len(l) for l in lines}) == 1
-    head, last = re.split(r'\s{2,}|(?<=\d) (?=k=)', lines[0].strip()), lines[-1].split()
-    for o, want in [
-        ('λ1', f'{r.eigvals[2, 1, 0]:#.4g}'),
-        ('k=100', f'{r.magnitude[2, 1, 99]:.4f}'),
-        ('chance', '0.0498'),
-        ('matvecs', '700'),
-        ('ratio', f'{r.magnitude[2, 1, -1] / r.chance[-1]:.2f}'),
-        ('loss', f'{r.test_loss[2]:.4f}'),
-    ]:
-        assert last[head.index(o)] == want, o
+def test_table_sizes_where_some_are_left_out():
+    assert table_ks(KS) == [10, 40, 600] and table_ks([1000]) == [1000] and table_ks([2, 9]) == [2, 9]
+
+
+@pytest.mark.parametrize('kw', MANY, ids=str)
+def test_the_table_lines_up_and_says_the_numbers(kw):
+    ds = made_up(**kw)
+    head, rule, *rows = table_text(ds).splitlines()
+    rows = [r for r in rows if re.match(r' *\d', r)]
+    assert len(rows) == ds.step.size * ds.split.size and {len(r.removesuffix(' *')) for r in rows} == {len(head)}
+    columns = re.split(r'\s{2,}|(?<=\d) (?=k=)', head.strip())
+    one, last = pick(ds, order='magnitude'), rows[-1].removesuffix(' *').split()[-len(columns) + 2 :]
+    if ds.seed.size == 1:
+        for o, want in [
+            (f'λ{ds.k.values[0]}', f'{one.eigvals[0].item():#.4g}'),
+            (f'k={ds.k.values[-1]}', f'{one.overlap[-1].item():.4f}'),
+            ('chance', f'{one.chance[-1].item():.4f}'),
+            ('ratio', f'{(one.overlap / one.chance)[-1].item():.2f}'),
+            ('loss', f'{one.loss.item():.4f}'),
+            ('accuracy', f'{one.accuracy.item():.2%}'),
+            ('matvecs', str(one.matvecs.item())),
+        ]:
+            assert last[columns.index(o) - 2] == want, o
+    assert rows[-1].endswith(' *') == (not ds.converged[:, -1, -1].all())
+
+
+def test_seeds_are_shown_as_mean_and_spread():
+    ds = made_up(seeds=(0, 1, 2), steps=(0,), splits=('train',))
+    row = table_text(ds).splitlines()[2].split()
+    last = ds.overlap.sel(order='magnitude').isel(k=-1)
+    assert f'{last.mean().item():.4f}' in row and f'{last.std().item():.1e}' in row
+    assert f'{abs(ds.eigvals[..., -1]).mean().item():.3e}' in row
+    assert 'mean over 3 seeds' in table_text(ds).splitlines()[-1] and '3 seeds' in summary(ds)
+
+
+def test_what_is_not_known_is_a_dash():
+    ds = made_up(method='seigh')
+    ds['accuracy'] = ds.accuracy * np.nan
+    assert table_text(ds).splitlines()[2].split()[3] == '-' and 'nan' not in table_text(ds) and 'nan' not in summary(ds)
 
 
 def test_what_did_not_converge_is_marked():
-    r = made_up()
-    c = r.converged.copy()
-    c[1, 0] = False
-    lines = replace(r, converged=c).table().splitlines()
+    ds = made_up()
+    ds.converged[0, 1, 0] = False
+    lines = table_text(ds).splitlines()
     assert [l.endswith(' *') for l in lines] == [False] * 4 + [True] + [False] * 4 and 'not converged' in lines[-1]
-    assert 'a sketch' in made_up(method='seigh').table().splitlines()[-1]
+    assert 'a sketch' in table_text(made_up(method='seigh')).splitlines()[-1]
+    assert 'num_steps' in table_text(made_up(ks=KS)).splitlines()[-1]
 
 
-def test_lookups():
-    r = made_up()
-    assert (
-        r.at() == (2, 1)
-        and r.at(50, 'train') == (1, 0)
-        and (r.curve('random', 0, 'train') == r.random[0, 0].mean(0)).all()
+def test_pick():
+    ds = made_up(seeds=(4, 2))
+    one = pick(ds)
+    assert (one.seed.item(), one.step.item(), one.split.item()) == (4, 100, 'test')
+    assert one.overlap.dims == ('order', 'k') and one.layer_size.dims == ('layer',)
+    assert pick(ds, seed=2, step=50, split='train', order='best', k=7).overlap.item() == ds.overlap.sel(
+        seed=2, step=50, split='train', order='best', k=7
     )
-    for f, says in [
-        (lambda: r.at(51), 'step 51 is not in the record; it has 0, 50, 100'),
-        (lambda: r.at(0, 'val'), 'it has train, test'),
-        (lambda: r.curve('worst'), 'choose magnitude'),
-        (lambda: made_up(R=0).curve('random'), 'no random masks'),
+    assert pick(ds, order=['best', 'random'], k=[3, 5]).overlap.shape == (2, 2)
+    assert pick(one).identical(one) and pick(one, step=100).identical(one)
+    for kw, says in [
+        (dict(step=7), 'step 7 is not in the record; it has 0, 50, 100'),
+        (dict(split='dev'), "split 'dev' is not in the record; it has train, test"),
+        (dict(k=61), 'k 61 is not in the record; it has 1 to 60'),
+        (dict(k=[3, 99]), 'k 99 is not'),
+        (dict(order='flat'), "order 'flat' is not in the record; it has magnitude, layerwise, random, best"),
+        (dict(seed=0), 'seed 0 is not in the record; it has 4, 2'),
     ]:
-        with pytest.raises(ValueError, match=says):
-            f()
-    assert '\n' not in repr(r) and r._repr_markdown_().count('\n') == 6
+        with pytest.raises(ValueError, match=re.escape(says)):
+            pick(ds, **kw)
+    with pytest.raises(ValueError, match='step 50 is not in the record; it has 100'):
+        pick(one, step=50)
 
 
-def test_a_record_from_before_there_were_tables(tmp_path):
-    "Written without their names even, it loads and says what it lacks"
-    r = made_up()
-    r.save(tmp_path)
-    head = json.loads((tmp_path / 'record.json').read_text())
-    import hashlib
-
-    from hessian_overlap.record import _canonical
-
-    for name in ('orders', 'layer_names'):
-        del head[name]
-    head['sha256'] = hashlib.sha256(_canonical(head)).hexdigest()
-    (tmp_path / 'record.json').write_text(json.dumps(head, indent=1, ensure_ascii=False) + '\n')
-    s = OverlapRecord.load(tmp_path)
-    assert (
-        compare(r, s) == {}
-        and not s.has_tables
-        and s.chance_std(3, 3) is None
-        and s.masks == ('magnitude', 'best', 'random')
-    )
-    with pytest.raises(ValueError, match='no tables over mask size and rank'):
-        s.cell('magnitude', 6, 6)
+def test_chance_std_is_that_of_random_masks():
+    "By 4000 random masks of a space of which the leverages are known"
+    rng = np.random.default_rng(0)
+    U = np.linalg.qr(rng.standard_normal((30, 4)) * np.linspace(0, 3, 30)[:, None])[0]
+    ds = made_up(n=30, k=4, steps=(0,), splits=('train',))
+    ds['variance'] = ds.variance * 0 + (U**2).cumsum(1).var(0)
+    for m, r in [(1, 1), (4, 4), (10, 3)]:
+        got = [(U[rng.permutation(30)[:m], :r] ** 2).sum() / min(m, r) for _ in range(4000)]
+        assert chance_std(ds, m, r) == pytest.approx(np.std(got), rel=0.06)
+    assert np.isnan(chance_std(made_up(ks=KS), 3)) and chance_std(ds, [1, 4]).shape == (2,)
 
 
-@pytest.mark.parametrize(
-    'change, says',
-    [
-        (dict(sizes=None), 'all of its tables or none; sizes is missing'),
-        (dict(overlaps=np.zeros((3, 2, 4, 1, 1))), 'overlaps has shape'),
-        (dict(layer_names=('a',)), 'L = 1'),
-        (dict(orders=('magnitude',)), 'O = 1'),
-        (dict(extra=np.zeros((3, 2, 0, 60))), 'X = 1'),
-    ],
-)
-def test_tables_that_do_not_fit(change, says):
-    with pytest.raises(RecordError, match=says):
-        replace(made_up(tables=True), **change)
+def test_xarray_joins_and_exports():
+    a, b = made_up(seed=0), made_up(seed=1, seeds=(1,))
+    both = check_record(xr.concat([a, b], 'seed', data_vars='minimal').assign_attrs(a.attrs))
+    assert both.seed.values.tolist() == [0, 1] and both.sel(seed=[1]).overlap.equals(b.overlap)
+    frame = a[['overlap', 'loss']].to_dataframe()
+    assert {'overlap', 'loss', 'chance'} <= set(frame.columns)
+    back = xr.open_dataset(bytes(a.to_netcdf(engine='scipy')), engine='scipy')
+    assert np.array_equal(back.overlap, a.overlap)
+    assert 'made_up' in a._repr_html_()
 
 
-def test_looking_up_tables():
-    r = made_up(tables=True)
-    m, q = int(r.sizes[2]), int(r.ranks[1])
-    assert (
-        r.cell('layerwise', m, q) == (2, 2, 1)
-        and r.cell('best') == (3, r.sizes.tolist().index(60), len(r.ranks) - 1)
-        and r.masks[-1] == 'layerwise'
-    )
-    assert (r.curve('layerwise', 50, 'train') == r.extra[1, 0, 0]).all() and list(compare(r, made_up()))[0] == 'orders'
-    for f, says in [
-        (lambda: r.cell('mine'), "mask 'mine' is not in the tables; they have magnitude"),
-        (lambda: r.cell('best', 61), 'mask size 61'),
-        (lambda: r.cell('best', m, 5), 'rank 5'),
-    ]:
-        with pytest.raises(ValueError, match=says):
-            f()
-
-
-# ------------------------------------------------------- estimates: some mask sizes, with intervals
-
-
-def test_some_mask_sizes():
-    r = made_up(ks=KS, tables=True)
-    i = r.at(50, 'train')
-    assert (
-        r.k == 600
-        and not r.every_size
-        and r.has_intervals
-        and r.schema == 2
-        and (r.chance == np.array(KS) / 1000).all()
-        and [r.place(k) for k in (3, 40, None)] == [0, 2, 4]
-    )
-    assert (
-        r.masks == ('magnitude', 'random', 'layerwise')
-        and r.chance_std(40, 40) is None
-        and r.cell('layerwise', 40, 150)[0] == 2
-    )
-    low, high, trusted = r.interval('layerwise', 50, 'train')
-    assert (low == r.low[i][1]).all() and (high == r.high[i][1]).all() and trusted.tolist() == [True] * 3 + [False] * 2
-    assert (
-        r.interval('random') is r.interval('best') is None
-        and made_up(tables=True).interval() is None
-        and (made_up().place(7), made_up().schema) == (6, 1)
-    )
-    for f, says in [
-        (lambda: r.place(4), 'k = 4 is not in the record; it has mask sizes 3, 10, 40, 150, 600'),
-        (lambda: r.place(0), 'k = 0'),
-        (lambda: r.curve('best'), 'no best masks: slq knows no eigenvectors'),
-        (lambda: r.cell('best'), "mask 'best' is not in the tables"),
-        (lambda: made_up().place(61), 'mask sizes 1 to 60'),
-    ]:
-        with pytest.raises(ValueError, match=says):
-            f()
-
-
-@pytest.mark.parametrize(
-    'change, says',
-    [
-        (dict(ks=[3, 10, 40, 150, 601]), 'expected k = 600 at the end, got .40, 150, 601'),
-        (dict(ks=[0, 10, 40, 150, 600]), 'ascend from 1'),
-        (dict(ks=[3, 40, 10, 150, 600]), 'ascend'),
-        (dict(ks=KS[1:]), 'expected K = 4'),
-        (dict(ks=None), 'expected K = 600'),
-        (dict(low=None), 'all of its intervals or none; low is missing'),
-        (dict(high=np.zeros((3, 2, 1, 5))), 'J = 2'),
-        (dict(k=150), 'expected k = 150'),
-        (dict(half=np.zeros((3, 2, 3, 1, 1))), 'half has shape'),
-        (dict(low=None, high=None, trusted=None), 'half is of the tables of an estimate'),
-    ],
-    ids=str,
-)
-def test_mask_sizes_that_do_not_fit(change, says):
-    with pytest.raises(RecordError, match=says) as e:
-        replace(made_up(ks=KS, tables=True), **change)
-    assert '\n' not in str(e.value)
-
-
-@pytest.mark.parametrize(
-    'ks, shown',
-    [
-        (KS, [10, 40, 600]),
-        ([5], [5]),
-        ([2, 7], [2, 7]),
-        (range(1, 101), [50, 100]),
-        ([7, 10, 20, 50, 90, 200, 700], [20, 90, 700]),
-    ],
-    ids=str,
-)
-def test_mask_sizes_in_the_table(ks, shown):
-    assert table_ks(list(ks)[-1], list(ks)) == shown and all(
-        f'k={k}' in table_header(list(ks)[-1], list(ks)) for k in shown
-    )
-
-
-def test_a_table_of_estimates():
-    r = made_up(ks=KS)
-    lines = r.table().splitlines()
-    head, last = re.split(r'\s{2,}|(?<=\d) (?=k=)', lines[0].strip()), lines[-1].split()
-    assert len(lines) == 2 + 6 + 1 and 'not resolved' in lines[-1]
-    last = lines[-2].split()
-    assert last.pop() == '*'
-    for o, want in [
-        ('λ3', f'{r.eigvals[2, 1, 0]:#.4g}'),
-        ('λ600', f'{r.eigvals[2, 1, -1]:.3e}'),
-        ('k=40', f'{r.magnitude[2, 1, 2]:.4f}'),
-        ('±', f'{(r.high - r.low)[2, 1, 0, -1] / 2:.4f}'),
-        ('chance', '0.6000'),
-        ('ratio', f'{r.magnitude[2, 1, -1] / 0.6:.2f}'),
-    ]:
-        assert last[head.index(o)] == want, o
-    assert (
-        f'in [{r.low[2, 1, 0, -1]:.4f}, {r.high[2, 1, 0, -1]:.4f}]' in repr(r)
-        and 'λ at 3' in r._repr_markdown_()
-        and '*' not in replace(r, converged=np.ones((3, 2))).table()
-    )
-
-
-def test_the_committed_record_is_read_and_written_as_it_was(root, tmp_path):
-    "Version 1 of the files, from before there were mask sizes and intervals"
-    at = root / 'nbs/records/mnist_mini'
-    r = OverlapRecord.load(at)
-    was = json.loads((at / 'record.json').read_text())
-    r.save(tmp_path)
-    now = json.loads((tmp_path / 'record.json').read_text())
-    assert was['schema'] == 1 and r.every_size and (r.ks == np.arange(1, 351)).all() and not r.has_intervals
-    assert {k: v for k, v in was.items() if 'sha256' not in k} == {k: v for k, v in now.items() if 'sha256' not in k}
-    with np.load(at / 'record.npz') as a, np.load(tmp_path / 'record.npz') as b:
-        assert a.files == b.files and all(
-            a[f].tobytes() == b[f].tobytes() and a[f].dtype == b[f].dtype for f in a.files
-        )
-
-
-def test_records_of_two_methods_are_compared():
-    a, b = made_up(k=600), made_up(ks=KS)
-    d = compare(a, b)
-    assert (
-        d['ks'] == ((600,), (5,))
-        and d['method'] == ('eigsh', 'slq')
-        and d['magnitude'] == ((3, 2, 600), (3, 2, 5))
-        and {'low', 'high', 'trusted', 'schema'} <= d.keys()
-        and compare(b, made_up(ks=KS)) == {}
-    )
-    assert compare(b, replace(b, high=b.high + 0.5))['high'] == pytest.approx(0.5)
+def test_the_committed_records(root):
+    for name, method in [('mnist_mini', 'eigsh'), ('mnist_mini_slq', 'slq')]:
+        ds = load_record(root / 'nbs/records' / name)
+        assert (ds.problem, ds.method, ds.n) == ('mnist_mini', method, 7030)
+        assert summary(ds) and table_text(ds)
