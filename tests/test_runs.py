@@ -62,7 +62,7 @@ class Kill(BaseException):
 
 def test_killed_before_and_after_every_write(full, tmp_path, monkeypatch):
     "Whichever write is the last that gets through, the next run ends with the same numbers and no temporary file"
-    real, count = files._put, [0]
+    real, count = files._place, [0]
 
     def counted(*args):
         count[0] += 1
