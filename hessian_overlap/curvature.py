@@ -15,7 +15,6 @@ from itertools import islice
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm.auto import tqdm
 
@@ -30,7 +29,9 @@ from hessian_overlap.batches import (
     named_params,
     normaliser,
     num_samples,
+    places_of,
     refuse_random_modules,
+    replaced,
     shaken,
     some_samples,
     stated_reduction,
@@ -131,16 +132,19 @@ def _padding(model, named):
     padded = [m for m in model.modules() if getattr(m, 'padding_idx', None) is not None]
     return {names[id(m.weight)]: m.padding_idx for m in padded if id(getattr(m, 'weight', None)) in names}
 
+_MADE_AGAIN = '_lock', '_kept', '_kept_for', '_records', '_places'
+
 @patch
 def _forget(self: CurvatureOperator):
     "What can be made again, and no other process can have"
     self._lock = threading.RLock()
     self._kept, self._kept_for = [], None  # product functions with their bytes, and their strategy
     self._records = {}  # recorded operations by key
+    self._places = places_of(self.model)
 
 @patch
 def __getstate__(self: CurvatureOperator):
-    return {k: v for k, v in vars(self).items() if k not in ('_lock', '_kept', '_kept_for', '_records')}
+    return {k: v for k, v in vars(self).items() if k not in _MADE_AGAIN}
 
 @patch
 def __setstate__(self: CurvatureOperator, state):
@@ -161,9 +165,8 @@ def _unflatten(self: CurvatureOperator, theta):
 def _loss(self: CurvatureOperator, theta, batch, others=None, batch_loss=None):
     "Loss and output of a batch at θ; the other parameters and the buffers, unless given, as at construction"
     state = {**self._state, **(others or {}), **self._unflatten(theta)}
-    state = {f'model.{name}': t for name, t in state.items()}
-    with _MODELS, twice_differentiable(self.model):
-        return functional_call(batch_loss or self._batch_loss, state, (batch,))
+    with _MODELS, replaced(self._places, state), twice_differentiable(self.model):
+        return (batch_loss or self._batch_loss)(batch)
 
 @patch
 def _batches(self: CurvatureOperator, start=0):
@@ -197,10 +200,20 @@ def _check_loss(loss):
         raise ValueError(f"loss_func must give a scalar, got shape {tuple(loss.shape)}: use reduction='mean' or 'sum'")
 
 @patch
+def _first_loss(self: CurvatureOperator, batch, theta, number):
+    "Loss and output of a batch; what goes wrong in the model or the loss is said with the batch"
+    try:
+        with torch.enable_grad(): return self._loss(theta, batch)
+    except (torch.OutOfMemoryError, NotImplementedError): raise
+    except Exception as e:
+        first_line = str(e).splitlines()[0] if str(e) else ''
+        raise ValueError(f'the model or the loss fails on batch {number}: {type(e).__name__}: {first_line}') from e
+
+@patch
 def _evaluate(self: CurvatureOperator, batch, theta, number):
     "Loss, gradient (None if it is zero) and output of a batch, and the bytes its loss saves"
     self._check_dtypes(batch)
-    with torch.enable_grad(), SavedBytes() as saved: loss, out = self._loss(theta, batch)
+    with SavedBytes() as saved: loss, out = self._first_loss(batch, theta, number)
     _check_loss(loss)
     self._check(batch, out)
     gradient = torch.autograd.grad(loss, theta, allow_unused=True)[0] if loss.requires_grad else None
@@ -341,7 +354,7 @@ def _first_pass(self: CurvatureOperator, check):
     "The loss, its gradient and each batch's share; then batches are joined, and the operator is checked"
     self._rule = None
     with torch.random.fork_rng(_devices(self)):  # data loaders draw numbers
-        seen, first, total = self._pass()
+        seen, first, total = self._pass(rules=self.needs_rule or not self._is_single())
         self._check_rules(seen)
         self._rule, self._norms = seen[0].rule, [s.norm for s in seen]
         summed = len(seen) > 1 and self._rule == 'sum'
@@ -352,6 +365,12 @@ def _first_pass(self: CurvatureOperator, check):
         if check: self._second_pass(seen)
         self._merge(seen)
         if check: self._check_product()
+
+@patch
+def _is_single(self: CurvatureOperator):
+    "Whether the data is known to be a single batch, of which no share has to be known"
+    try: return len(self.data) == 1
+    except TypeError: return False
 
 def _devices(A): return [A.device] if A.device.type == 'cuda' else []
 
@@ -531,10 +550,10 @@ def _direction(self: CurvatureOperator, theta):
     return v
 
 @patch
-def _sampled(self: CurvatureOperator, dtype):
-    "θ, a few samples, and what else the loss depends on, in a dtype"
+def _sampled(self: CurvatureOperator, dtype, few):
+    "θ, the first batch or a few of its samples, and what else the loss depends on, in a dtype"
     batch = next(iter(self._batches(self._first_used)))
-    if self._rule in ('ratio', 'samples', 'sum') and num_samples(batch): batch = some_samples(batch, 0, 4)
+    if few and num_samples(batch): batch = some_samples(batch, 0, 4)
     if dtype == self.dtype: return self.theta, batch, {}
     others = {name: _cast(t, dtype) for name, t in self._state.items() if name not in self.names}
     loss_func = self.loss_func
@@ -547,27 +566,28 @@ def _sampled(self: CurvatureOperator, dtype):
 class _Checked:
     "A product with a few samples, and what it is compared with"
     product: Tensor
-    difference: Callable  # step -> the central difference of y
+    difference: Callable  # step -> the difference of y, over the step
     step: float
     noise: float  # of that difference, by rounding of y
     adjoint: float  # relative difference of ⟨u, Dy v⟩ and ⟨Dyᵀu, v⟩
 
 @patch
-def _try_product(self: CurvatureOperator, dtype):
+def _try_product(self: CurvatureOperator, dtype, few):
     "A product and what it should be, in a dtype"
-    theta, batch, where = self._sampled(dtype)
+    theta, batch, where = self._sampled(dtype, few)
     eps, size = torch.finfo(dtype).eps, two_norm(theta).item() or 1.
-    v, step = self._direction(theta), eps**.375*size
+    v, step = self._direction(theta), eps**.5*size
     theta = theta.requires_grad_()
     with torch.enable_grad():
         y = self._primal(theta, batch, **where)
         product, u = self._along(y, theta, v), _wave(y.detach(), 1.)
         dual = graph_vjp(y, theta, u, False) if y.requires_grad else torch.zeros_like(v)
-    def at(step):
-        with torch.enable_grad(): moved = (theta.detach()+step*v).requires_grad_()
-        with torch.enable_grad(): return self._primal(moved, batch, graph=False, **where).detach()
+    def difference(step):
+        with torch.enable_grad():
+            moved = (theta.detach()+step*v).requires_grad_()
+            return (self._primal(moved, batch, graph=False, **where).detach()-y.detach())/step
     noise = 10*eps*two_norm(y.detach()).item()/step
-    return _Checked(product.detach(), lambda h: (at(h)-at(-h))/(2*h), step, noise, _gap(u, product, dual, v))
+    return _Checked(product.detach(), difference, step, noise, _gap(u, product, dual, v))
 
 def _gap(u, product, dual, v):
     "Relative difference of ⟨u, product⟩ and ⟨dual, v⟩"
@@ -590,26 +610,20 @@ def _is_wrong(c, tol):
 @patch
 def _check_product(self: CurvatureOperator):
     "Refuses a model whose second derivative torch lacks or gets wrong"
-    half, tol = self.model_dtype != self.dtype, 1e-4
-    try:
-        if self.shape[0] > 2**25: raise NotImplementedError('a copy in double precision would be too large')
-        found = self._try_product(torch.float64)
-    except torch.OutOfMemoryError: raise
-    except Exception:  # a model with numbers of its own in single precision
-        found, tol = self._try_in_own_dtype(), .2 if half else .03
-    off = _is_wrong(found, tol)
+    half = self.model_dtype != self.dtype
+    ways = [(dtype, few) for dtype in (torch.float64, self.dtype) for few in (True, False)]
+    for dtype, few in ways:
+        if dtype != self.dtype and self.shape[0] > 2**25: continue  # a copy would be too large
+        try: found = self._try_product(dtype, few)
+        except torch.OutOfMemoryError: raise
+        except Exception as e: why = e  # a model with numbers in single precision, or for batches of one size
+        else: break
+    else: raise NotImplementedError(f'torch cannot differentiate this model twice: {_said(why)}') from why
+    off = _is_wrong(found, 1e-4 if dtype == torch.float64 else .2 if half else .03)
     if off: raise NotImplementedError(self._blame(found, off))
     self._check_range(found.product)
 
 # %% ../nbs/12_curvature.ipynb #51310265
-@patch
-def _try_in_own_dtype(self: CurvatureOperator):
-    "As `_try_product`, in the dtype of the operator; a model that cannot be differentiated says why"
-    try: return self._try_product(self.dtype)
-    except torch.OutOfMemoryError: raise
-    except Exception as e:
-        raise NotImplementedError(f'torch cannot differentiate this model twice: {_said(e)}') from e
-
 @patch
 def _blame(self: CurvatureOperator, found, off):
     "What a wrong product says, with the parameter where it is worst"

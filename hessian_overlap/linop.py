@@ -161,10 +161,11 @@ def two_norm(
     t: Tensor,  # of any shape
 ) -> Tensor:  # float64 scalar
     "‖t‖₂ of all entries, without overflow or underflow"
-    if not t.numel(): return t.new_zeros((), dtype=torch.float64)
+    norm = torch.linalg.vector_norm(t, dtype=torch.float64)
+    if t.dtype != torch.float64 or 1e-140 < norm < 1e140 or not t.numel(): return norm
     largest = t.abs().amax()
-    if not largest > 0 or not torch.isfinite(largest): return largest.double()
-    return largest.double()*torch.linalg.vector_norm((t/largest).flatten(), dtype=torch.float64)
+    if not largest > 0 or not torch.isfinite(largest): return norm
+    return largest*torch.linalg.vector_norm(t/largest)
 
 # %% ../nbs/01_linop.ipynb #ad334b3a
 class _Sum(LinearOperator):

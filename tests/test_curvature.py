@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hessian_overlap.curvature import HessianLinearOperator
 from hessian_overlap.ggn import EFLinearOperator, GGNLinearOperator
+from hessian_overlap.noise import column_noise
 from hessian_overlap.problems import mnist_mlp
-from hessian_overlap.synthmat import column_noise
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
 f64 = torch.float64
@@ -430,7 +430,7 @@ def test_keeps_its_parameters_and_leaves_the_model_alone():
 
 
 TAKEN = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss  # by curvlinops 3.0.1
-NOT_TAKEN = {  # by curvlinops: for its losses of class weights and tied weights, and models that it cannot differentiate
+NOT_TAKEN = {  # by curvlinops: class weights, tied weights, and what it cannot differentiate
     'own autograd.Function',
     'lstm',
     'transformer layer',
