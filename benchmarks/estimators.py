@@ -2,10 +2,10 @@
 
 Matrices of known spectrum with eigenvectors that sit on few coordinates, as those of networks do (n = 400, five
 spectra, half of them with eigenvalues of both signs), and the test Hessian of the paper's 7030-parameter network after
-100 steps. For each quantity and number of products, over seeds: the root mean square of the relative error (of a vector:
-of its norm), the same of the standard error that the estimate gives, and the share of 95% intervals that hold the truth
-(of a vector: among entries of at least a thousandth of the largest). `plain` is the mean over random signs from as many
-products: Hutchinson's trace, the diagonal of Bekas, Kokiopoulou and Saad, the mean square of the rows of a sketch.
+100 steps. For each quantity and number of products, over seeds: the root mean square of the relative error (of a
+vector: of its norm), the same of the standard error that the estimate gives, and the share of 95% intervals that hold
+the truth (of a vector: among entries of at least a thousandth of the largest). `plain` is the mean over random signs
+from as many products: Hutchinson's trace, the diagonal of Bekas, Kokiopoulou and Saad, the mean square of the rows.
 
     python benchmarks/estimators.py [--seeds 40] [--out benchmarks/results/estimators.json]
 """
@@ -30,7 +30,7 @@ from hessian_overlap.estimators import (
     xrownorms,
     xtrace,
 )
-from hessian_overlap.synthmat import column_noise
+from hessian_overlap.noise import column_noise
 
 f64 = torch.float64
 BUDGETS = (10, 20, 50, 100)
