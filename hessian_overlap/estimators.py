@@ -70,7 +70,7 @@ def _exact(value, matvecs, method, seed):
     info = dict(method=method, matvecs=matvecs, test_vectors=0, exact=True, seed=seed)
     return Estimate(value, torch.zeros_like(value), value, value, info)
 
-# %% ../nbs/26_estimators.ipynb #da003c76
+# %% ../nbs/26_estimators.ipynb #a389e287
 def _gram(X, Y):
     "Xᵀ Y in float64, in blocks of rows"
     return sum(X[r].double().mT @ Y[r].double() for r in row_blocks(len(X), X.shape[1]))
@@ -84,22 +84,26 @@ def _left_out(Y):
     "Q (n, m), R = Qᵀ Y and S (m, m) in float64: without column i, Y spans Q (I - sᵢ sᵢᵀ)"
     Q = torch.linalg.qr(Y).Q
     R = _gram(Q, Y)
+    return Q, R, _missing(R)
+
+def _missing(R):
+    "Columns of R⁻ᵀ, to norm 1"
     U, s, Vh = torch.linalg.svd(R)
     largest = s[0] if s[0] > 0 else 1.
     S = U @ (Vh/s.clamp(min=torch.finfo(s.dtype).eps*largest)[:, None])
-    return Q, R, S/S.norm(dim=0)
+    return S/S.norm(dim=0)
 
 def _other(S, j):
-    "(m, m) beside column i of S: what Y misses without columns i and j[i], orthogonal to sᵢ"
-    T = S[:, j] - S*(S*S[:, j]).sum(0)
-    norm = T.norm(dim=0)
+    "Beside column i of S (…, m, m): what Y misses without columns i and j[i], orthogonal to sᵢ"
+    T = S[..., j] - S*(S*S[..., j]).sum(-2, keepdim=True)
+    norm = T.norm(dim=-2, keepdim=True)
     return T/norm.where(norm > 0, 1.)
 
-# %% ../nbs/26_estimators.ipynb #fa6f9074
+# %% ../nbs/26_estimators.ipynb #4a81c20c
 def _leave_one_out(draws, S, offsets):
     "Mean and standard error of draws(S, T), T the second directions that are left out, or zeros"
-    m, covariance = S.shape[1], 0.
-    one, places = draws(S, torch.zeros_like(S), 1), torch.arange(S.shape[1], device=S.device)
+    m, covariance = S.shape[-1], 0.
+    one, places = draws(S, torch.zeros_like(S), 1), torch.arange(m, device=S.device)
     for o in range(1, min(offsets, m//2)+1):
         change, back = (one-draws(S, _other(S, (places+step) % m), 2) for step in (o, -o))
         covariance = covariance + (change*back.roll(-o, -1)).mean(-1)/min(offsets, m//2)
@@ -158,23 +162,12 @@ def _squares(X):
     "Squared norms of columns, in float64"
     return sum(X[r].double().square().sum(0) for r in row_blocks(len(X), X.shape[1]))
 
-# %% ../nbs/26_estimators.ipynb #92152b3a
+# %% ../nbs/26_estimators.ipynb #12fe88c2
 def _check_psd(G, tol):
     "Refuses ΩᵀAΩ with an eigenvalue below zero by more than rounding"
     lam = torch.linalg.eigvalsh(G)
     if lam[0] >= -tol*lam.abs().max(): return
     raise ValueError(f'A has negative curvature ({lam[0].item():.2g} beside {lam[-1].item():.2g}): take xtrace')
-
-def _nystrom_spread(C, B, D, trace, n):
-    "Mean and standard error from C = G⁻¹, B = C YᵀY C, D = (ΩᵀΩ)⁻¹ and the trace of Â"
-    m, (c, b, d) = len(C), (X.diagonal() for X in (C, B, D))
-    one = trace - b/c + (n-m+1)*d/c
-    # without i and j: the traces of C₂⁻¹ B₂, and the entries (C₂⁻¹)ᵢᵢ and (D₂⁻¹)ᵢᵢ, of the 2 × 2 blocks
-    det_c, det_d = (x[:, None]*x - X.square() for x, X in ((c, C), (d, D)))
-    taken = (c*b[:, None] + c[:, None]*b - 2*C*B)/det_c
-    two = trace - taken + (n-m+2)*(c/det_c)/(d/det_d)
-    change = (one[:, None]-two).fill_diagonal_(0)
-    return _spread(one, ((change*change.mT).sum()/(m*(m-1))).clamp(min=0))
 
 def xnystrace(
     A,  # (n, n) symmetric operator without negative eigenvalues, such as a GGNLinearOperator
@@ -186,18 +179,23 @@ def xnystrace(
     A = _operator(A, matvecs, 4, seed)
     n, m = A.shape[0], matvecs
     if matvecs >= n: return _exact(_dense(A).trace(), n, 'XNysTrace', seed)
-    Omega, tol = _noise(A, m, seed, 'gauss'), 1e2*torch.finfo(A.dtype).eps
+    Omega, tol = _noise(A, m, seed, 'gauss'), 10*torch.finfo(A.dtype).eps
     Y = A @ Omega
     scale = _scale(Y)
-    G = _gram(Omega, Y)/scale
-    _check_psd((G+G.mT)/2, tol)
-    shift = torch.finfo(A.dtype).eps*(_squares(Y).sum()/n).sqrt()/scale
-    C = _gram(Omega, Omega)
-    G = (G+G.mT)/2 + shift*C
-    lam, V = torch.linalg.eigh(G)
-    inverse = (V/lam.clamp(min=tol*1e-2*lam[-1])) @ V.mT
-    YY = _gram(Y, Y)/scale**2 + shift/scale*(_gram(Y, Omega)+_gram(Omega, Y)) + shift**2*C
-    value, error = _nystrom_spread(inverse, inverse @ YY @ inverse, torch.linalg.inv(C), (inverse*YY).sum(), n)
+    if not Y.any(): return _exact(torch.zeros_like(_squares(Y)[0]), m, 'XNysTrace', seed)
+    Y /= scale
+    G = _gram(Omega, Y)
+    _check_psd((G+G.mT)/2, 10*tol)
+    shift = tol*(_squares(Y).sum()/n).sqrt()
+    lam, V = torch.linalg.eigh((G+G.mT)/2 + shift*(C := _gram(Omega, Omega)))
+    lam = lam.clamp(min=tol*lam[-1])
+    FF = sum(F.mT @ F for F in ((Y[r].double()+shift*Omega[r].double()) @ (V/lam.sqrt()) for r in row_blocks(n, m)))
+    R = lam.sqrt()[:, None]*V.mT, torch.linalg.cholesky(C).mT  # G = RᵀR for the one, ΩᵀΩ for the other
+    def draws(S, T, out):
+        held = FF.trace() - (S[0]*(FF @ S[0])).sum(0) - (T[0]*(FF @ T[0])).sum(0)
+        rest, length = ((s*r).sum(0).square() + (t*r).sum(0).square() for s, t, r in zip(S, T, R))
+        return held + (n-m+out)/length*rest
+    value, error = _leave_one_out(draws, torch.stack([_missing(r) for r in R]), m)
     info = dict(method='XNysTrace', matvecs=m, test_vectors=m, exact=False, seed=seed)
     return _with_interval(scale*(value-n*shift), scale*error, m, False, info)
 
