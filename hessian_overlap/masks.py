@@ -231,12 +231,14 @@ def _from_indices(chosen, n, k):
     "Number of parameters and sorted indices of the first k"
     if n is None: raise ValueError('indices need n, the number of parameters')
     n = check_whole('n', n, 1)
+    if len(chosen) and (chosen.min() < 0 or chosen.max() >= n):  # also beyond the first k
+        raise ValueError(f'indices must be distinct and between 0 and n - 1 = {n-1}')
     if k is not None: k = check_whole('k', k, 1, len(chosen))
     return n, chosen[:k].sort().values
 
 def _check_indices(indices, n):
     if not len(indices): raise ValueError('the mask is empty')
-    if indices[0] < 0 or indices[-1] >= n or (indices[1:] == indices[:-1]).any():
+    if (indices[1:] == indices[:-1]).any():
         raise ValueError(f'indices must be distinct and between 0 and n - 1 = {n-1}')
 
 # %% ../nbs/31_masks.ipynb #18d98d3b
