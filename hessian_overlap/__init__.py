@@ -18,6 +18,7 @@ from .apost import ApostError, OverlapInterval, Residuals, ScreeBounds
 from .apost import apost_bounds, apost_error, overlap_error, residual_norms, scree_bounds
 from .quadrature import OverlapEstimate, SpectralDensity, overlap_slq, spectral_density
 from .masked_start import overlap_slq_masked
+from .estimators import Estimate, frobenius_norm, spectral_norm, xdiag, xnystrace, xrownorms, xtrace
 from .grassmann import chance_distance, chance_overlap, distance_matrix, grassmann_distance, mask_iou
 from .grassmann import metric_from_angles, overlap, principal_angles, random_angles
 from .masks import Mask, Partition, best_order, leverage, magnitude_order, mask_from_prune
@@ -59,6 +60,7 @@ __all__ = [
     'ApostError', 'OverlapInterval', 'Residuals', 'ScreeBounds',
     'apost_bounds', 'apost_error', 'overlap_error', 'residual_norms', 'scree_bounds',
     'OverlapEstimate', 'SpectralDensity', 'overlap_slq', 'spectral_density', 'overlap_slq_masked',
+    'Estimate', 'xtrace', 'xnystrace', 'xdiag', 'xrownorms', 'frobenius_norm', 'spectral_norm',
     'principal_angles', 'overlap', 'grassmann_distance', 'metric_from_angles', 'mask_iou', 'distance_matrix',
     'chance_overlap', 'random_angles', 'chance_distance',
     'Mask', 'Partition', 'partition', 'score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order',

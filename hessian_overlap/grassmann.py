@@ -11,33 +11,33 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import hypergeom
 from torch import Tensor
 
-from .checks import row_blocks
+from .checks import check_basis, check_seed, check_whole, row_blocks
 
 # %% auto #0
 __all__ = ['METRICS', 'principal_angles', 'overlap', 'metric_from_angles', 'grassmann_distance', 'mask_iou', 'distance_matrix',
            'chance_overlap', 'random_angles', 'Chance', 'chance_distance']
 
 # %% ../nbs/30_grassmann.ipynb #78e5df60
-def _check_orthonormal(U, name):
+def _check_gram(U, name):
+    "Refuses columns that are not orthonormal, all pairs of them"
     n, k = U.shape
-    if not 1 <= k <= n: raise ValueError(f'{name} has {k} columns in {n} dimensions')
     gap = (U.mT @ U - torch.eye(k, dtype=U.dtype, device=U.device)).abs().max().item()
-    if gap <= 1e3*torch.finfo(U.dtype).eps*n**.5: return  # a NaN is not
+    if gap <= 1e3*torch.finfo(U.dtype).eps*n**.5: return
     raise ValueError(f'the columns of {name} are not orthonormal (off by {gap:.1e}): take torch.linalg.qr({name}).Q')
 
 def _space(S, name='U'):
     "A subspace as (n, k) orthonormal columns or as a boolean (n,), or an error that says what is wrong"
     if hasattr(S, 'to_bool'): S = S.to_bool()
-    if isinstance(S, Tensor) and S.dtype == torch.bool and S.dim() == 1:
-        if not S.any(): raise ValueError(f'{name} is a mask that selects nothing')
-        return S
-    if not isinstance(S, Tensor) or S.dim() != 2 or not S.is_floating_point():
-        found = tuple(S.shape) if isinstance(S, Tensor) else type(S).__name__
+    if not isinstance(S, Tensor) or S.is_complex() or (S.dim() != 2 and S.dtype != torch.bool):
+        found = f'{tuple(S.shape)} {S.dtype}' if isinstance(S, Tensor) else type(S).__name__
         raise ValueError(f'{name} must be an (n, k) tensor, a boolean (n,) tensor or a Mask, got {found}')
-    _check_orthonormal(S, name)
+    if S.dtype == torch.bool and S.dim() == 1:
+        if S.is_meta or not S.any(): raise ValueError(f'{name} is a mask that selects nothing')
+        return S
+    check_basis(S, name=name)
+    _check_gram(S, name)
     return S
 
 # %% ../nbs/30_grassmann.ipynb #97bacf08
@@ -137,6 +137,15 @@ def _metric(name):
     if name in _METRICS: return _METRICS[name]
     raise ValueError(f"metric must be one of {', '.join(METRICS)}, or 'iou' between masks, got {name!r}")
 
+def _check_angles(theta):
+    "Refuses what are no principal angles; those of single precision may exceed π/2 by a rounding"
+    if not isinstance(theta, Tensor) or not theta.is_floating_point() or not theta.dim() or not theta.shape[-1]:
+        found = f'{tuple(theta.shape)} {theta.dtype}' if isinstance(theta, Tensor) else type(theta).__name__
+        raise TypeError(f'theta must be a floating-point tensor (..., m) of angles, got {found}')
+    if ((theta >= 0) & (theta <= math.pi/2+1e-6)).all(): return  # a NaN is not
+    raise ValueError('principal angles lie between 0 and π/2 radians, '
+                     f'got {theta.min().item():.4g} to {theta.max().item():.4g}')
+
 def metric_from_angles(
     theta: Tensor,  # (..., m) principal angles in radians
     metric: str = 'geodesic',  # one of METRICS
@@ -144,6 +153,7 @@ def metric_from_angles(
 ) -> Tensor:  # (...), same dtype; computed in float64
     "A Grassmannian metric as a function of principal angles (Edelman, Arias and Smith 1998)"
     distance, largest = _metric(metric)
+    _check_angles(theta)
     d = distance(theta.double())
     if normalize: d = d/largest(theta.shape[-1])
     return d.to(theta.dtype)
@@ -193,15 +203,23 @@ def distance_matrix(
     return out
 
 # %% ../nbs/30_grassmann.ipynb #8fd6106a
+def _dimensions(name, k, n):
+    "A whole number from 1 to n, or an array of them"
+    if not isinstance(k, (np.ndarray, Tensor, list, tuple)) or not np.ndim(k):
+        return np.asarray(check_whole(name, k, 1, n))
+    k = np.asarray(k)
+    if k.dtype.kind in 'iu' and k.size and k.min() >= 1 and k.max() <= n: return k
+    raise ValueError(f'{name} must be whole numbers from 1 to n = {n}, got {np.unique(k).tolist()}')
+
 def chance_overlap(
     n: int,  # dimension of the space, at least k
     k: int,  # dimension of either subspace, at least 1; an array of them gives an array
     l: int | None = None,  # dimension of the other, if it differs
 ):  # float in (0, 1], or an array of them
     "Expected overlap with a uniformly random subspace, max(k, l)/n"
-    k, l = np.asarray(k), np.asarray(k if l is None else l)
-    if (np.minimum(k, l) < 1).any() or (np.maximum(k, l) > n).any():
-        raise ValueError(f'1 ≤ k ≤ n must hold, got k = {np.unique(np.append(k, l)).tolist()}, n = {n}')
+    n = check_whole('n', n, 1)
+    k = _dimensions('k', k, n)
+    l = k if l is None else _dimensions('l', l, n)
     out = np.maximum(k, l)/n
     return out if out.ndim else out.item()
 
@@ -213,6 +231,11 @@ def _gram_root(rng, rows, cols):
     R[np.diag_indices(cols)] = np.sqrt(rng.chisquare(rows-np.arange(cols)))
     return R
 
+def _two(n, k, l):
+    "Both dimensions, as whole numbers from 1 to n"
+    k = check_whole('k', k, 1, check_whole('n', n, 1))
+    return k, k if l is None else check_whole('l', l, 1, n)
+
 def random_angles(
     n: int,  # dimension of the space
     k: int,  # dimension of one subspace, 1 ≤ k ≤ n
@@ -222,8 +245,9 @@ def random_angles(
     seed: int,  # with the number of the sample it determines the draw
 ) -> Tensor:  # (samples, min(k, l)) float64 radians, smallest first
     "Principal angles of uniformly random subspaces, in O(l³) whatever n is"
-    chance_overlap(n, k, l)  # refuses what is no dimension
-    k, l = max(k, l or k), min(k, l or k)
+    n, k, l, samples = check_whole('n', n, 1), *_two(n, k, l), check_whole('samples', samples, 1)
+    check_seed(seed)
+    k, l = max(k, l), min(k, l)
     out = torch.empty(samples, l, dtype=torch.float64)
     for i in range(samples):
         rng = np.random.Generator(np.random.Philox(key=[seed, i]))
@@ -241,10 +265,17 @@ class Chance(NamedTuple):
     std: float  # standard deviation of a single pair
     error: float  # standard error of the mean; 0 where it is exact
 
+def _hypergeometric(n, k, l, common):
+    "Probabilities of the numbers of common coordinates, all of which are given, by the ratios of neighbours"
+    h = common[:-1].astype(float)
+    log_p = np.append(0., np.cumsum(np.log((k-h)*(l-h)) - np.log((h+1)*(n-k-l+h+1))))
+    p = np.exp(log_p-log_p.max())
+    return p/p.sum()
+
 def _chance_masks(n, k, l, metric, normalize):
     "Exactly, from the distribution of the number of common coordinates"
     common, m = np.arange(max(0, k+l-n), min(k, l)+1), min(k, l)
-    p = hypergeom(n, k, l).pmf(common)
+    p = _hypergeometric(n, k, l, common)
     if metric == 'iou': values = common/(k+l-common)
     elif metric == 'overlap': values = common/m
     else:  # of m angles the common ones are zero, the others right
@@ -252,8 +283,8 @@ def _chance_masks(n, k, l, metric, normalize):
         is_norm = metric in ('geodesic', 'chordal_f', 'projection_f')
         values = np.sqrt((m-common)/m) if is_norm else common < m
         if not normalize: values = largest*values
-    mean = (p*values).sum()/p.sum()
-    variance = (p*(values-mean)**2).sum()/p.sum()
+    mean = (p*values).sum()
+    variance = (p*(values-mean)**2).sum()
     return Chance(float(mean), float(np.sqrt(variance)), 0.)
 
 # %% ../nbs/30_grassmann.ipynb #93370cff
@@ -269,14 +300,14 @@ def chance_distance(
     seed: int | None = None,  # of the draws; needed where there is no formula
 ) -> Chance:  # mean, standard deviation and standard error of the mean
     "What a metric is by chance: exact for the overlap and for masks, sampled for the other metrics of subspaces"
+    if metric != 'iou' or not masks: _metric(metric)
+    k, l = _two(n, k, l)
     expected = chance_overlap(n, k, l)
-    l = k if l is None else l
     if masks: return _chance_masks(n, k, l, metric, normalize)
     if metric == 'overlap':
         variance = 2*k*l*(n-k)*(n-l)/(n**2*(n-1)*(n+2)) if n > 1 else 0.
         return Chance(expected, variance**.5/min(k, l), 0.)
-    _metric(metric)
-    if seed is None or samples < 2:
-        raise ValueError(f'the chance level of {metric} is sampled: give a seed and at least 2 samples')
+    if seed is None: raise ValueError(f'the chance level of {metric} is sampled: give a seed')
+    check_whole('samples', samples, 2)
     d = metric_from_angles(random_angles(n, k, l, samples=samples, seed=seed), metric, normalize)
     return Chance(d.mean().item(), d.std().item(), d.std().item()/samples**.5)

@@ -12,11 +12,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checks import row_blocks
+from .checks import check_basis, check_order, check_seed, check_whole, row_blocks
 
 # %% auto #0
-__all__ = ['score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order', 'Partition', 'partition', 'order_within',
-           'Mask', 'check_parts', 'order_from_prune', 'mask_from_prune']
+__all__ = ['score_order', 'magnitude_order', 'random_order', 'row_squares', 'leverage', 'best_order', 'Partition', 'partition',
+           'order_within', 'Mask', 'check_mask', 'check_parts', 'order_from_prune', 'mask_from_prune']
 
 # %% ../nbs/31_masks.ipynb #8ef67a60
 def _named(params):
@@ -111,17 +111,21 @@ def random_order(
     seed: int,  # at least 0; the same seed gives the same permutation on any device
 ) -> Tensor:  # (n,) int64 permutation, on the CPU
     "A uniformly random permutation of the parameter indices"
-    if n < 1: raise ValueError(f'n must be at least 1, got {n}')
+    n, seed = check_whole('n', n, 1), check_seed(seed)
     return torch.from_numpy(np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(n))
 
 # %% ../nbs/31_masks.ipynb #172a4246
+def row_squares(
+    U: Tensor,  # (n, k), not checked
+) -> Tensor:  # (n,) float64
+    "Squared norm of each row, in blocks"
+    return torch.cat([U[r].double().square().sum(1) for r in row_blocks(*U.shape)])
+
 def leverage(
     U: Tensor,  # (n, k) orthonormal columns
 ) -> Tensor:  # (n,) float64 in [0, 1], adding up to k
     "Leverage ‖U_i‖² of each parameter: the share of its axis that lies in span U"
-    if not isinstance(U, Tensor) or U.dim() != 2:
-        raise ValueError(f'U must be (n, k), got shape {tuple(getattr(U, "shape", ()))}')
-    return torch.cat([U[r].double().square().sum(1) for r in row_blocks(*U.shape)])
+    return row_squares(check_basis(U))
 
 def best_order(
     U: Tensor,  # (n, k) orthonormal columns
@@ -208,8 +212,10 @@ def order_within(
     group: Tensor,  # boolean (n,): who comes first
 ) -> Tensor:  # (n,) int64 permutation
     "The same ordering with the members of a group in front"
-    if group.dtype != torch.bool or group.shape != order.shape:
-        raise ValueError(f'group must be boolean {tuple(order.shape)}, got {group.dtype} {tuple(group.shape)}')
+    if not isinstance(group, Tensor) or group.dtype != torch.bool or group.dim() != 1:
+        found = f'{group.dtype} {tuple(group.shape)}' if isinstance(group, Tensor) else type(group).__name__
+        raise ValueError(f'group must be a boolean (n,) tensor, got {found}')
+    check_order(order, len(group))
     member = group.to(order.device)[order]
     return torch.cat([order[member], order[~member]])
 
@@ -224,12 +230,15 @@ def _from_bool(chosen, n, k):
 def _from_indices(chosen, n, k):
     "Number of parameters and sorted indices of the first k"
     if n is None: raise ValueError('indices need n, the number of parameters')
-    if k is not None and not 1 <= k <= len(chosen): raise ValueError(f'k must be between 1 and {len(chosen)}, got {k}')
+    n = check_whole('n', n, 1)
+    if len(chosen) and (chosen.min() < 0 or chosen.max() >= n):  # also beyond the first k
+        raise ValueError(f'indices must be distinct and between 0 and n - 1 = {n-1}')
+    if k is not None: k = check_whole('k', k, 1, len(chosen))
     return n, chosen[:k].sort().values
 
 def _check_indices(indices, n):
     if not len(indices): raise ValueError('the mask is empty')
-    if indices[0] < 0 or indices[-1] >= n or (indices[1:] == indices[:-1]).any():
+    if (indices[1:] == indices[:-1]).any():
         raise ValueError(f'indices must be distinct and between 0 and n - 1 = {n-1}')
 
 # %% ../nbs/31_masks.ipynb #18d98d3b
@@ -249,15 +258,15 @@ class Mask:
         parts: Partition | None = None,  # groups to print the share of
     ):
         if not isinstance(chosen, Tensor) or params is not None: chosen = _joined(chosen, params)
+        if chosen.is_meta: raise ValueError('the mask is on the meta device, which holds no numbers')
         if chosen.dtype == torch.bool: self.n, self.indices = _from_bool(chosen, n, k)
         elif chosen.dtype == torch.int64 and chosen.dim() == 1: self.n, self.indices = _from_indices(chosen, n, k)
         else:
             raise TypeError('a mask is made of booleans or int64 indices, '
                             f'got {chosen.dtype} of shape {tuple(chosen.shape)}')
         _check_indices(self.indices, self.n)
-        if parts is not None and parts.n != self.n:
-            raise ValueError(f'the mask is of {self.n} parameters, the partition of {parts.n}')
         self.parts = parts
+        if parts is not None: check_parts(self, parts)
     @property
     def k(self): return len(self.indices)
 
@@ -269,13 +278,23 @@ def to_bool(self: Mask) -> Tensor:  # boolean (n,)
     return out.index_fill_(0, self.indices, True)
 
 # %% ../nbs/31_masks.ipynb #f44eb38c
+def check_mask(
+    mask: Mask,  # k of n parameters
+) -> Mask:  # the same
+    "Refuses what is no mask"
+    if isinstance(mask, Mask): return mask
+    raise TypeError(f'mask must be a Mask, got {type(mask).__name__}: Mask(order, n, k) makes one of an ordering')
+
 def check_parts(
     mask: Mask,  # of n parameters
     parts: Partition | None,  # groups of n parameters; None: the mask's own
 ) -> Partition:  # of the same parameters as the mask
     "The groups to cut a mask into, or an error that says what is wrong"
+    check_mask(mask)
     parts = mask.parts if parts is None else parts
     if parts is None: raise ValueError('the mask has no partition: give parts=partition(model)')
+    if not isinstance(parts, Partition):
+        raise TypeError(f'parts must be a Partition, got {type(parts).__name__}: partition(model) makes one')
     if parts.n != mask.n: raise ValueError(f'the mask is of {mask.n} parameters, the partition of {parts.n}')
     return parts
 

@@ -10,25 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_basis, check_order, row_blocks
-from .masks import Mask, Partition, check_parts, leverage
+from .checks import check_basis, check_ks, check_order, row_blocks
+from .masks import Mask, Partition, check_mask, check_parts, row_squares
 
 # %% auto #0
 __all__ = ['mask_overlap', 'overlap_table', 'overlap_curve', 'best_overlap_curve', 'OverlapSplit', 'overlap_split']
 
 # %% ../nbs/32_overlaps.ipynb #f02b55de
-def _check_mask(mask, U):
-    "Raises if one is no mask, the other no basis, or they are not of the same parameters"
-    if not isinstance(mask, Mask):
-        raise TypeError(f'mask must be a Mask, got {type(mask).__name__}: Mask(order, n, k) makes one of an ordering')
-    check_basis(U, mask.n)
-
 def mask_overlap(
     mask: Mask,  # k of n parameters
     U: Tensor,  # (n, l) orthonormal columns, usually l = k
 ) -> Tensor:  # scalar in [0, 1], float64; chance level max(k, l)/n
     "Overlap ‖I_maskᵀU‖²_F / min(k, l) of k parameters with a subspace (Fernandez et al. 2025)"
-    _check_mask(mask, U)
+    check_basis(U, check_mask(mask).n)
     return U[mask.indices.to(U.device)].double().square().sum()/min(mask.k, U.shape[1])
 
 # %% ../nbs/32_overlaps.ipynb #557c53bc
@@ -38,12 +32,9 @@ def overlap_table(
     sizes: Tensor | None = None,  # (s,) int64 mask sizes between 1 and n, ascending; None: 1..k
 ) -> Tensor:  # (s, k) float64: overlap of the first m parameters with the first r columns; chance level max(m, r)/n
     "Overlaps for all mask sizes and ranks, by cumulative sums"
-    check_order(order, len(U))
-    check_basis(U)
-    n, k = U.shape
-    sizes = torch.arange(1, k+1) if sizes is None else torch.as_tensor(sizes)
-    if (sizes < 1).any() or (sizes > n).any() or (sizes[1:] <= sizes[:-1]).any():
-        raise ValueError(f'sizes must ascend between 1 and n = {n}')
+    n, k = check_basis(U).shape
+    check_order(order, n)
+    sizes = torch.arange(1, k+1) if sizes is None else check_ks(sizes, n, 'sizes')
     table = torch.zeros(len(sizes), k, dtype=torch.float64, device=U.device)
     added = order[:sizes[-1]].to(U.device).split(sizes.diff(prepend=sizes.new_zeros(1)).tolist())  # by each size
     for i, rows in enumerate(added):
@@ -58,10 +49,9 @@ def overlap_curve(
     ks: Tensor | None = None,  # (K,) which dimensions, ascending between 1 and k; None: 1..k
 ) -> Tensor:  # (K,) float64 in [0, 1]: overlap of the first m parameters with the first m columns; chance level m/n
     "The overlap as a function of k (Fernandez et al. 2025, mask study)"
-    table = overlap_table(order, U, ks)
-    columns = torch.arange(U.shape[1]) if ks is None else torch.as_tensor(ks)-1
-    if (columns >= U.shape[1]).any(): raise ValueError(f'ks must be at most k = {U.shape[1]}, the columns of U')
-    return table[torch.arange(len(columns)), columns]
+    k = check_basis(U).shape[1]
+    ks = torch.arange(1, k+1) if ks is None else check_ks(ks, k, limit='the columns of U')
+    return overlap_table(order, U, ks)[torch.arange(len(ks)), ks-1]
 
 # %% ../nbs/32_overlaps.ipynb #201c720c
 def best_overlap_curve(
@@ -69,13 +59,11 @@ def best_overlap_curve(
     ks: Tensor | None = None,  # (K,) which dimensions, ascending between 1 and k; None: 1..k
 ) -> Tensor:  # (K,) float64 in (0, 1]: no mask of m parameters overlaps more with the first m columns
     "The largest overlap that any k parameters have with the top-k eigenspace: the k largest leverages of U[:, :k]"
-    check_basis(U)
-    ks = list(range(1, U.shape[1]+1)) if ks is None else torch.as_tensor(ks).tolist()
-    if ks[0] < 1 or ks[-1] > U.shape[1] or sorted(set(ks)) != ks:
-        raise ValueError(f'ks must ascend between 1 and k = {U.shape[1]}, the columns of U')
+    k = check_basis(U).shape[1]
+    ks = torch.arange(1, k+1) if ks is None else check_ks(ks, k, limit='the columns of U')
     scores = torch.zeros(len(U), dtype=torch.float64, device=U.device)  # leverages of U[:, :k]
     out, start = [], 0
-    for k in ks:
+    for k in ks.tolist():
         scores += U[:, start:k].double().square().sum(1)
         out.append(scores.topk(k).values.sum()/k)
         start = k
@@ -115,9 +103,9 @@ def overlap_split(
     parts: Partition | None = None,  # groups of parameters; None: the mask's own
 ) -> OverlapSplit:  # contributions of groups, and how much of the excess lies between and how much within them
     "The overlap of a mask by layer, kind or sign"
-    _check_mask(mask, U)
+    check_basis(U, check_mask(mask).n)
     parts, chosen = check_parts(mask, parts), mask.indices.to(U.device)
-    contribution = leverage(U)/min(mask.k, U.shape[1])
+    contribution = row_squares(U)/min(mask.k, U.shape[1])
     inside = torch.zeros_like(contribution).index_copy_(0, chosen, contribution[chosen])
     return OverlapSplit(parts.names, parts.sizes.cpu(), mask.counts(parts).cpu(),
                         parts.sums(inside).cpu(), parts.sums(contribution).cpu())

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .batches import BatchLoss, num_samples, some_samples
+from .checks import check_choice, check_seed, check_whole
 from .curvature import CurvatureOperator
+from .estimators import Estimate, estimate_of_draws, xrownorms
 from .ggn import GGNLinearOperator
-from .linop import aslinearoperator
-from .masks import Mask, score_order
+from .linop import aslinearoperator, two_norm
+from .masks import Mask, check_mask, score_order
 from .noise import column_noise
 
 # %% auto #0
@@ -26,29 +30,38 @@ class Proxy:
     name: str  # for tables and figures
     scores: Tensor  # (n,) at least 0, larger is more important
     gradients: float  # price, in gradients of the loss over the data; a Hessian-vector product counts as two
+    std_error: Tensor | None = None  # (n,) of the scores, where they are estimated from more than one probe
     def __post_init__(self):
         s = self.scores
-        if s.dim() != 1 or not torch.isfinite(s).all() or (s < 0).any() or not s.any():
-            got = f'shape {tuple(s.shape)} from {s.min().item():.3g} to {s.max().item():.3g}'
-            raise ValueError(f'{self.name}: scores must be (n,), finite, not negative and not all zero, got {got}')
+        if not isinstance(s, Tensor): raise TypeError(f'{self.name}: scores must be a tensor, got {type(s).__name__}')
+        if s.dim() != 1 or not len(s) or not s.is_floating_point():
+            raise ValueError(f'{self.name}: scores must be (n,) floating-point numbers, got {tuple(s.shape)} {s.dtype}')
+        if torch.isfinite(s).all() and (s >= 0).all() and s.any(): return
+        got = f'{s.min().item():.3g} to {s.max().item():.3g}'
+        raise ValueError(f'{self.name}: scores must be finite, not negative and not all zero, got {got}')
     @property
     def order(self): return score_order(self.scores)  # (n,) int64 permutation, most important first
     def overlap(self,
         mask: Mask,  # m of n parameters
     ) -> Tensor:  # scalar in [0, 1], float64; chance level m/n
         "Importance-weighted overlap Σ_mask s / Σ s: the share of all importance that the mask holds"
-        if mask.n != len(self.scores):
+        if check_mask(mask).n != len(self.scores):
             raise ValueError(f'the mask is of {mask.n} parameters, the scores of {len(self.scores)}')
         s = self.scores.double()
         return s[mask.indices.to(s.device)].sum()/s.sum()
     def __repr__(self): return f'Proxy({self.name}: {len(self.scores)} scores for {self.gradients:g} gradients)'
 
 # %% ../nbs/34_proxies.ipynb #a55f4301
+def _check_curvature(H, kind=CurvatureOperator, name='H'):
+    "Refuses what is no operator of a model, a loss and data"
+    if isinstance(H, kind): return H
+    raise TypeError(f'{name} must be a {kind.__name__} of a model, a loss and data, got {type(H).__name__}')
+
 def gradient_proxy(
     H: CurvatureOperator,  # of the model, the loss and the data
 ) -> Proxy:  # for one gradient
     "Gradient magnitude |∂L/∂θ_i|"
-    return Proxy('gradient magnitude', H.gradient.detach().abs(), 1)
+    return Proxy('gradient magnitude', _check_curvature(H).gradient.detach().abs(), 1)
 
 # %% ../nbs/34_proxies.ipynb #fa4a7f6b
 def _gradient_at(H, theta):
@@ -69,10 +82,13 @@ def sam_proxy(
     part: str = 'loss',  # 'loss': each parameter's share of the change of loss; 'curvature': of its second-order part
 ) -> Proxy:  # for two gradients
     "Share of each parameter in the loss change L(θ + ρ g/‖g‖) - L(θ) of a SAM step (Foret et al. 2021), by magnitude"
-    if part not in ('loss', 'curvature'): raise ValueError(f"part must be 'loss' or 'curvature', got {part!r}")
-    if not rho > 0: raise ValueError(f'rho must be positive, got {rho}')
-    g = H.gradient.detach()
-    step = rho*g/g.norm()
+    check_choice('part', part, ('loss', 'curvature'))
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 < rho < float('inf'):
+        raise ValueError(f'rho must be a positive number, got {rho!r}')
+    g = _check_curvature(H).gradient.detach()
+    length = two_norm(g)
+    if not length > 0: raise ValueError('the gradient is zero: there is no direction for a step')
+    step = (rho*(g/length)).to(g.dtype)
     there = _gradient_at(H, H.theta+step)[1]
     if part == 'loss': return Proxy(f'SAM loss change, ρ = {rho:g}', (step*(there+g)/2).abs(), 2)
     return Proxy(f'SAM curvature, ρ = {rho:g}', (step*(there-g)/2).abs(), 2)
@@ -84,36 +100,76 @@ def _output_gradients(G, batch, out):
     g = torch.autograd.grad(loss, out, create_graph=True, materialize_grads=True)[0]
     return g.reshape(len(out), -1)
 
-def _output_roots(G, batch, out):
-    "R (N, C, C) with R Rᵀ the Hessian of the batch's loss in the outputs of each sample"
+def _output_hessians(G, batch, out):
+    "B (N, C, C), the Hessian of the batch's loss in the outputs of each sample"
     out = out.detach().requires_grad_()
     with torch.enable_grad(): g = _output_gradients(G, batch, out)
     N, C = g.shape
     if not g.requires_grad: return torch.zeros(N, C, C, dtype=g.dtype, device=g.device)
-    rows = []
-    for c in range(C):
-        row = torch.autograd.grad(g[:, c].sum(), out, retain_graph=True, materialize_grads=True)[0]
-        rows.append(row.reshape(N, C))
-    lam, V = torch.linalg.eigh(torch.stack(rows, 1).double())
+    along = lambda u: torch.autograd.grad(g, out, u, retain_graph=True, materialize_grads=True)[0].reshape(N, C)
+    B = torch.stack([along(torch.zeros_like(g).index_fill_(1, g.new_tensor([c]).long(), 1)) for c in range(C)], 1)
+    z = torch.cos(torch.arange(N*C, dtype=g.dtype, device=g.device)).reshape(N, C)
+    image, blocks = along(z), (B*z[:, :, None]).sum(1)
+    if two_norm(image-blocks) <= torch.finfo(g.dtype).eps**.5*two_norm(blocks): return B
+    raise ValueError("the loss of a sample depends on other samples' outputs: its Gauss-Newton matrix is no sum over "
+                     'samples, and has no such diagonal')
+
+def _output_roots(G, batch, out):
+    "R (N, C, C) with R Rᵀ the Hessian of the batch's loss in the outputs of each sample"
+    lam, V = torch.linalg.eigh(_output_hessians(G, batch, out).double())
     if lam.min() < -1e-4*lam.abs().max():
         convexity = f'the loss is not convex in the outputs (curvature {lam.min().item():.2g})'
         raise ValueError(f'{convexity}: its Gauss-Newton matrix has no such diagonal')
     return (V*lam.clamp(min=0).sqrt()[:, None]).to(out.dtype)
 
 # %% ../nbs/34_proxies.ipynb #346d7655
-def _exact_diagonal(G, batch, R):
-    "Σ over samples and columns of (Jᵀ R)², samples in chunks"
-    x, y = batch
-    theta = G.theta
-    if not isinstance(x, Tensor):
-        raise TypeError('the exact diagonal goes sample by sample and needs inputs in one tensor, '
-                        f'got {type(x).__name__}: give probes')
-    def squares(x, y, R):
-        out, back = torch.func.vjp(lambda t: G._loss(t, (x[None], y[None]))[1][0], theta)
+def _plain_diagonal(G, x, R):
+    "Σ of (Jᵀ R)² over rows and columns of R (N, C, C), one backward pass for each"
+    theta = G.theta.requires_grad_()
+    with torch.enable_grad(): out = _output(G, theta, x)
+    total = torch.zeros_like(theta)
+    if not out.requires_grad: return total
+    for i, c in [(i, c) for i in range(len(R)) for c in range(R.shape[2])]:
+        u = torch.zeros_like(out)
+        u[i] = R[i, :, c].reshape(out[i].shape)
+        total += torch.autograd.grad(out, theta, u, retain_graph=True, materialize_grads=True)[0].square()
+    return total.detach()
+
+def _output(G, theta, x):
+    "The model's output, without a loss"
+    return G._loss(theta, (x, None), batch_loss=BatchLoss(G.model, lambda out, y: None))[1]
+
+def _vmapped_diagonal(G, x, R):
+    "The same, samples in chunks"
+    leaves, spec = tree_flatten(x)
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    def squares(R, *tensors):
+        one = list(leaves)
+        for i, t in zip(at, tensors): one[i] = t[None]
+        out, back = torch.func.vjp(lambda t: _output(G, t, tree_unflatten(one, spec))[0], G.theta)
         return torch.func.vmap(lambda r: back(r.reshape(out.shape))[0])(R.mT).square().sum(0)
-    step = max(1, 2**25//(R.shape[2]*len(theta)))
-    chunks = zip(x.split(step), y.split(step), R.split(step))
+    step = max(1, 2**25//(R.shape[2]*G.shape[0]))
+    chunks = zip(R.split(step), *(leaves[i].split(step) for i in at))
     return sum(torch.func.vmap(squares)(*chunk).sum(0) for chunk in chunks)
+
+# %% ../nbs/34_proxies.ipynb #06e9ac78
+def _close(a, b):
+    return a.shape == b.shape and bool(two_norm(a-b) <= torch.finfo(a.dtype).eps**.5*two_norm(b))
+
+def _exact_diagonal(G, x, out, R):
+    "Σ over samples and columns of (Jᵀ R)², by the fastest way that is right"
+    alone = lambda i: some_samples(x, i, i+1)
+    with torch.no_grad():
+        last = len(R)-1
+        separable = num_samples(x) == len(R) and all(_close(_output(G, G.theta, alone(i)), out[i:i+1])
+                                                     for i in {0, last})
+    if not separable: return _plain_diagonal(G, x, R)
+    first = _plain_diagonal(G, alone(0), R[:1])
+    try:
+        if _close(_vmapped_diagonal(G, alone(0), R[:1]), first): return _vmapped_diagonal(G, x, R)
+    except (RuntimeError, NotImplementedError, ValueError) as e:  # an operation of the model has no batching rule
+        if isinstance(e, torch.OutOfMemoryError): raise
+    return first + sum((_plain_diagonal(G, alone(i), R[i:i+1]) for i in range(1, len(R))), torch.zeros_like(first))
 
 # %% ../nbs/34_proxies.ipynb #9fe42c5b
 def _probed_diagonals(out, theta, R, columns, seed):
@@ -124,6 +180,35 @@ def _probed_diagonals(out, theta, R, columns, seed):
         yield torch.autograd.grad(out, theta, Rz, retain_graph=True)[0].square()
 
 # %% ../nbs/34_proxies.ipynb #a5b9a985
+def _check_probes(G, probes, seed):
+    _check_curvature(G, GGNLinearOperator, 'G')
+    if probes is None: return
+    check_whole('probes', probes, 1)
+    if seed is None: raise ValueError(f'probes = {probes} need a seed')
+    check_seed(seed)
+
+def _ggn_diagonal(G, probes, seed):
+    "The diagonal, its variance (None without probes), and the number of outputs of a sample"
+    _check_probes(G, probes, seed)
+    n, groups, outputs = G.shape[0], len(G._shares), 0
+    total, variance = (torch.zeros(n, dtype=torch.float64, device=G.device) for _ in range(2))
+    for b, (batch, w) in enumerate(zip(G._joined(), G._shares)):
+        theta = G.theta.requires_grad_(probes is not None)
+        with torch.set_grad_enabled(probes is not None): out = _output(G, theta, batch[0])
+        R = _output_roots(G, batch, out)
+        outputs = max(outputs, R.shape[2])
+        if probes is None:
+            total += w*_exact_diagonal(G, batch[0], out, R)
+            continue
+        columns, mean, rest = range(b, probes*groups, groups), 0., 0.
+        for i, d in enumerate(_probed_diagonals(out, theta, R, columns, seed), 1):  # Welford
+            change = d.double()-mean
+            mean = mean + change/i
+            rest = rest + change*(d-mean)
+        total += w*mean
+        if probes > 1: variance += w**2*rest/(probes*(probes-1))
+    return total.to(G.dtype), variance if (probes or 0) > 1 else None, outputs
+
 def ggn_diagonal(
     G: GGNLinearOperator,  # of the model, the loss and the data; a batch's loss is a mean or sum over its samples
     *,
@@ -131,20 +216,7 @@ def ggn_diagonal(
     seed: int | None = None,  # of the signs; needed with probes
 ) -> Tensor:  # (n,) at least 0, in the dtype of the operator
     "Diagonal of the generalised Gauss-Newton matrix, exact or estimated without bias from its factors"
-    if not isinstance(G, GGNLinearOperator): raise TypeError(f'G must be a GGNLinearOperator, got {type(G).__name__}')
-    if probes is not None and (probes < 1 or seed is None):
-        raise ValueError(f'probes = {probes} and seed = {seed}: at least one probe, and a seed, are needed')
-    total, groups = torch.zeros_like(G.theta), len(G._shares)
-    for b, (batch, w) in enumerate(zip(G._joined(), G._shares)):
-        theta = G.theta.requires_grad_(probes is not None)
-        with torch.set_grad_enabled(probes is not None): out = G._loss(theta, batch)[1]
-        R = _output_roots(G, batch, out)
-        if probes is None:
-            total += w*_exact_diagonal(G, batch, R)
-            continue
-        columns = range(b, probes*groups, groups)
-        for d in _probed_diagonals(out, theta, R, columns, seed): total += w/probes*d
-    return total
+    return _ggn_diagonal(G, probes, seed)[0]
 
 # %% ../nbs/34_proxies.ipynb #65103a87
 def _named(what, probes): return f"{what}, {probes} probe{'s'*(probes > 1)}"
@@ -155,29 +227,31 @@ def ggn_proxy(
     probes: int | None = None,  # as in ggn_diagonal
     seed: int | None = None,  # of the signs; needed with probes
 ) -> Proxy:  # for as many gradients as probes, or as outputs of a sample
-    "Diagonal of the generalised Gauss-Newton matrix"
-    d = ggn_diagonal(G, probes=probes, seed=seed)
-    if probes is not None: return Proxy(_named('GGN diagonal', probes), d, probes)
-    batch = next(G._joined())
-    with torch.no_grad(): outputs = G._loss(G.theta, batch)[1].numel()//len(batch[1])
-    return Proxy('GGN diagonal, exact', d, outputs)
+    "Diagonal of the generalised Gauss-Newton matrix, with standard errors from two probes on"
+    d, variance, outputs = _ggn_diagonal(G, probes, seed)
+    if probes is None: return Proxy('GGN diagonal, exact', d, outputs)
+    return Proxy(_named('GGN diagonal', probes), d, probes, None if variance is None else variance.sqrt())
 
 # %% ../nbs/34_proxies.ipynb #b203f25c
 def sketch_diagonal(
     Y: Tensor,  # (n, p) sketch A Ω, the entries of Ω independent with mean 0 and variance 1
-) -> Tensor:  # (n,) at least 0, estimate of the diagonal of A Aᵀ
+) -> Estimate:  # (n,) at least 0, of the diagonal of A Aᵀ; without a finite standard error for p = 1
     "Mean square of each row of a sketch, an unbiased estimate of the diagonal of A Aᵀ; for symmetric A of A²"
-    if Y.dim() != 2: raise ValueError(f'Y must be (n, p), got shape {tuple(Y.shape)}')
-    return Y.square().mean(1)
+    if not isinstance(Y, Tensor) or Y.dim() != 2 or not Y.is_floating_point() or not min(Y.shape):
+        found = f'{tuple(Y.shape)} {Y.dtype}' if isinstance(Y, Tensor) else type(Y).__name__
+        raise ValueError(f'Y must be an (n, p) tensor of real floating point, got {found}')
+    return estimate_of_draws(Y.double().square(), positive=True, method='sketch', matvecs=Y.shape[1])
 
 def h2_proxy(
     A,  # (n, n) symmetric operator: LinearOperator, tensor, SciPy or curvlinops operator
     *,
-    probes: int = 10,  # random sign vectors, at least 1, each for one product
+    probes: int = 10,  # products, at least 1; from 6 on, by leaving out one of half as many test vectors
     seed: int,  # of the signs
-) -> Proxy:  # for two gradients a probe
-    "Diagonal of A², estimated from the row norms of a sketch with random signs"
+) -> Proxy:  # for two gradients a product
+    "Diagonal of A², from the leave-one-out row norms of A, or those of a sketch with random signs"
     A = aslinearoperator(A)
-    if probes < 1: raise ValueError(f'probes must be at least 1, got {probes}')
-    Y = A @ column_noise(A.shape[1], range(probes), seed=seed, dtype=A.dtype, device=A.device)
-    return Proxy(_named('diagonal of H²', probes), sketch_diagonal(Y), 2*probes)
+    if A.shape[0] != A.shape[1]: raise ValueError(f'A must be square and symmetric, got {A.shape[0]} x {A.shape[1]}')
+    probes, seed = check_whole('probes', probes, 1), check_seed(seed)
+    if A.symmetric and probes >= 6: e = xrownorms(A, probes, seed=seed)
+    else: e = sketch_diagonal(A @ column_noise(A.shape[1], range(probes), seed=seed, dtype=A.dtype, device=A.device))
+    return Proxy(_named('diagonal of H²', probes), e.value, 2*e.info['matvecs'], None if probes == 1 else e.std_error)

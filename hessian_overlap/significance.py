@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp
 from torch import Tensor
 
-from .checks import check_basis
+from .checks import check_basis, check_choice, check_ks, check_seed, check_whole
 from .grassmann import chance_overlap, grassmann_distance
-from .masks import Mask, Partition, check_parts, leverage
+from .masks import Mask, Partition, check_mask, check_parts, row_squares
 from .overlaps import mask_overlap
 
 # %% auto #0
@@ -25,6 +23,7 @@ __all__ = ['random_mask', 'chance_mask_overlap', 'chance_curve', 'Significance',
 # %% ../nbs/33_significance.ipynb #8b05a4f2
 def _groups(mask, parts, device):
     "For each group that the mask may vary in: indices, and how many of them to draw"
+    check_mask(mask)
     if parts is None: return [(torch.arange(mask.n, device=device), mask.k)]
     parts = check_parts(mask, parts)
     groups = parts.labels.argsort(stable=True).to(device).split(parts.sizes.tolist())
@@ -42,9 +41,10 @@ def random_mask(
     seed: int,  # at least 0; the same seed gives the same mask on any device
 ) -> Mask:  # as many parameters, in each group if there are groups
     "A random mask of the same size, uniform over all of them"
-    rng = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    groups = _groups(mask, parts, check_mask(mask).indices.device)
+    rng = np.random.Generator(np.random.Philox(key=[check_seed(seed), 0]))
     chosen = []
-    for idx, m in _groups(mask, parts, mask.indices.device):
+    for idx, m in groups:
         drawn = torch.from_numpy(_draw(rng, len(idx), m))
         chosen.append(idx[drawn.to(idx.device)])
     return Mask(torch.cat(chosen), n=mask.n, parts=mask.parts)
@@ -70,8 +70,8 @@ def chance_mask_overlap(
     parts: Partition | None = None,  # draw within these groups, as many of each as the mask has; None: anywhere
 ) -> tuple:  # (mean, standard deviation) of the overlap, floats
     "Overlap of random masks with a given subspace: exact mean and deviation, drawn without replacement (Cochran 1977)"
-    check_basis(U, mask.n)
-    mean, var, *_ = _moments(leverage(U), _groups(mask, parts, U.device))
+    check_basis(U, check_mask(mask).n)
+    mean, var, *_ = _moments(row_squares(U), _groups(mask, parts, U.device))
     k = min(mask.k, U.shape[1])
     return mean/k, var**.5/k
 
@@ -81,18 +81,15 @@ def chance_curve(
     ks: Tensor | None = None,  # which dimensions, ascending between 1 and k; None: 1..k
 ) -> tuple:  # (mean, std), each (len(ks),) float64 on the CPU
     "Mean k/n and exact standard deviation of the overlap of k random parameters with the first k columns, for every k"
-    check_basis(U)
-    n, largest = U.shape
-    ks = list(range(1, largest+1)) if ks is None else torch.as_tensor(ks).tolist()
-    if ks[0] < 1 or ks[-1] > largest or sorted(set(ks)) != ks:
-        raise ValueError(f'ks must ascend between 1 and k = {largest}, the columns of U')
+    n, largest = check_basis(U).shape
+    ks = torch.arange(1, largest+1) if ks is None else check_ks(ks, largest, limit='the columns of U')
     a = torch.zeros(n, dtype=torch.float64, device=U.device)
     std, done = [], 0
-    for k in ks:
-        a = a+leverage(U[:, done:k])
+    for k in ks.tolist():
+        a = a+row_squares(U[:, done:k])
         done = k
         std.append((k*(n-k)/max(n-1, 1)*a.var(correction=0)).sqrt().item()/k)
-    return torch.tensor(ks, dtype=torch.float64)/n, torch.tensor(std, dtype=torch.float64)
+    return ks.double()/n, torch.tensor(std, dtype=torch.float64)
 
 # %% ../nbs/33_significance.ipynb #708a4656
 def _null_sums(a, groups, samples, seed):
@@ -112,6 +109,8 @@ def _normal(z, skew, largest):
 
 def _bound(a, groups, observed, sign):
     "Upper bound on the probability of a sum at or beyond the observed one (Hoeffding 1963)"
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
     parts = [(sign*a[idx].cpu().numpy(), m) for idx, m in groups]
     def log_p(t): return sum(m*(logsumexp(t*v)-math.log(len(v))) for v, m in parts)-t*sign*observed
     top = 1.
@@ -156,12 +155,11 @@ def overlap_significance(
     seed: int,  # of the random masks, at least 0
 ) -> Significance:  # z-score, p-value with its error, ratio to chance, and the sampled null distribution
     "How unlikely an overlap is among masks of the same size (permutation test; Phipson and Smyth 2010)"
-    if alternative not in ('greater', 'less'):
-        raise ValueError(f"alternative must be 'greater' or 'less', got {alternative!r}")
-    if samples < 1: raise ValueError(f'samples must be at least 1, got {samples}')
+    check_choice('alternative', alternative, ('greater', 'less'))
+    samples, seed = check_whole('samples', samples, 1), check_seed(seed)
     observed = mask_overlap(mask, U).item()
-    a, k = leverage(U), min(mask.k, U.shape[1])
     groups = _groups(mask, parts, U.device)
+    a, k = row_squares(U), min(mask.k, U.shape[1])
     mean, var, third, largest = _moments(a, groups)
     draws = _null_sums(a, groups, samples, seed)/k
     sign = -1 if alternative == 'less' else 1
@@ -188,7 +186,8 @@ def random_mask_distances(
     seed: int,  # of the random masks, at least 0
 ) -> Tensor:  # (samples,) float64 on the CPU
     "A Grassmannian metric between random masks and a given subspace: its chance level, sampled"
-    if samples < 1: raise ValueError(f'samples must be at least 1, got {samples}')
+    samples, seed = check_whole('samples', samples, 1), check_seed(seed)
+    check_basis(U, check_mask(mask).n)
     seeds = np.random.SeedSequence([seed, samples]).generate_state(samples)
     masks = (random_mask(mask, parts, seed=int(s)) for s in seeds)
     distances = [grassmann_distance(m, U, metric, normalize).item() for m in masks]

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_basis, check_order, row_blocks
+from .checks import check_basis, check_ks, check_order, check_whole, row_blocks
 from .krylov import BlockLanczos
-from .masks import Partition, leverage
+from .masks import Partition, row_squares
 from hessian_overlap.quadrature import (
     check_slq,
     masked_traces,
@@ -34,12 +34,21 @@ def grid(
     ks=None,  # (K,) ranks to choose from, ascending up to k; None: all
 ) -> tuple:  # (sizes, ranks): two ascending int64 arrays; every rank is a size too
     "Mask sizes up to n and ranks up to k at which overlaps are kept"
-    if not 1 <= k <= n: raise ValueError(f'1 ≤ k ≤ n must hold, got k = {k}, n = {n}')
+    n = check_whole('n', n, 1)
+    k, steps, more = check_whole('k', k, 1, n), check_whole('steps', steps, 1), check_whole('more', more, 1)
+    if ks is not None: ks = check_ks(ks, k, limit='k').numpy()
     if ks is None: ranks = np.unique(np.ceil(k*np.arange(1, steps+1)/steps).astype(np.int64))
-    else: ranks = np.asarray(ks, np.int64)[np.unique(np.linspace(0, len(ks)-1, steps).round().astype(int))]
+    else: ranks = ks[np.unique(np.linspace(0, len(ks)-1, steps).round().astype(int))]
     return np.union1d(ranks, np.round(np.geomspace(k, n, more+1)).astype(np.int64)), ranks
 
 # %% ../nbs/35_tables.ipynb #fa241be9
+def _checked(U, parts, sizes, ranks):
+    "Sizes and ranks as tensors, once basis and partition are found to be such"
+    n, k = check_basis(U).shape
+    if not isinstance(parts, Partition): raise TypeError(f'parts must be a Partition, got {type(parts).__name__}')
+    if parts.n != n: raise ValueError(f'the partition is of {parts.n} parameters, U has {n} rows')
+    return check_ks(sizes, n, 'sizes'), check_ks(ranks, k, 'ranks', 'the columns of U')
+
 def layer_table(
     order: Tensor,  # (n,) int64 permutation, most important first
     U: Tensor,  # (n, k) orthonormal columns, most important first
@@ -48,10 +57,9 @@ def layer_table(
     ranks,  # (Q,) ranks between 1 and k, ascending
 ) -> Tensor:  # (M, Q, L) float64 on the CPU; the sum over L is the overlap
     "Overlaps for mask sizes × ranks, by what each layer contributes"
+    sizes, ranks = _checked(U, parts, sizes, ranks)
     check_order(order, len(U))
-    if parts.n != len(U): raise ValueError(f'the partition is of {parts.n} parameters, U has {len(U)} rows')
     rows, labels = order.to(U.device), parts.labels.to(U.device)
-    sizes, ranks = (torch.as_tensor(np.asarray(v)) for v in (sizes, ranks))
     total = torch.zeros(len(parts), U.shape[1], dtype=torch.float64, device=U.device)  # of the rows so far
     out, start = [], 0
     for m in sizes.tolist():
@@ -69,12 +77,12 @@ def best_table(
     ranks,  # (Q,) ranks, ascending
 ) -> Tensor:  # (M, Q, L) float64 on the CPU
     "What `layer_table` is for an ordering, for the best mask of each size and rank"
-    check_basis(U)
+    sizes, ranks = (v.tolist() for v in _checked(U, parts, sizes, ranks))
     labels, L = parts.labels.to(U.device), len(parts)
     scores = torch.zeros(len(U), dtype=torch.float64, device=U.device)  # leverages of the first r columns
     out, start = [], 0
-    for r in (int(v) for v in ranks):
-        scores, start = scores+leverage(U[:, start:r]), r
+    for r in ranks:
+        scores, start = scores+row_squares(U[:, start:r]), r
         best = scores.argsort(descending=True, stable=True)
         added = [best[lo:hi] for lo, hi in zip([0, *sizes[:-1]], sizes)]  # by each size
         contributed = torch.stack([scores.new_zeros(L).index_add_(0, labels[i], scores[i]) for i in added])
@@ -86,7 +94,7 @@ def leverage_var(
     U: Tensor,  # (n, k) orthonormal columns, most important first
 ) -> Tensor:  # (k,) float64 on the CPU: variance over the parameters of the leverage of the first r columns
     "Variance of the leverages for every rank"
-    n, k = U.shape
+    n, k = check_basis(U).shape
     mean = torch.arange(1, k+1, dtype=torch.float64, device=U.device)/n
     return (sum((U[b].double().square().cumsum(1)-mean).square().sum(0) for b in row_blocks(n, k))/n).cpu()
 
@@ -141,7 +149,7 @@ def quadrature_tables(
 ) -> dict:
     "Estimates of what `eigenspace_tables` gives, of each ordering but not of the best masks"
     if parts.n != state.n: raise ValueError(f'the partition is of {parts.n} parameters, the state of {state.n}')
-    sizes, ranks = (torch.as_tensor(np.asarray(v)) for v in (sizes, ranks))
+    sizes, ranks = check_ks(sizes, state.n, 'sizes'), check_ks(ranks, state.n-1, 'ranks', 'n - 1')
     _, places, ranks, labels = check_slq(state.n, orders, ranks, parts.labels)
     sizes_to_n = torch.cat([sizes[sizes < state.n], torch.tensor([state.n])])
     traces, (low, high) = _read_traces(state, places, sizes_to_n, ranks, labels)

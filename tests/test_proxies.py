@@ -88,10 +88,10 @@ def test_exact_diagonal(name, dtype, device, batches):
 
 
 @pytest.mark.parametrize('name', CASES)
-@pytest.mark.parametrize('seed', [0, 1, 2])
+@pytest.mark.parametrize('seed', [0])
 @pytest.mark.parametrize('dtype', [torch.float32, f64])
 def test_estimates_within_five_standard_errors(name, seed, dtype):
-    G, N = GGNLinearOperator(*case(name, dtype)), 150
+    G, N = GGNLinearOperator(*case(name, dtype)), 100
     H = HessianLinearOperator(*case(name, dtype))
     for draw, truth in (
         (lambda s: ggn_diagonal(G, probes=1, seed=s), dense(G).diagonal()),
@@ -157,9 +157,167 @@ def test_prices_and_names():
 def test_sketch_diagonal_is_the_row_norms():
     A = torch.diag(torch.arange(1.0, 6, dtype=f64))
     Om = column_noise(5, range(4), seed=0)
-    torch.testing.assert_close(sketch_diagonal(A @ Om), A.diagonal().square())
+    torch.testing.assert_close(sketch_diagonal(A @ Om).value, A.diagonal().square())
     torch.testing.assert_close(h2_proxy(A, probes=4, seed=0).scores, A.diagonal().square())
-    torch.testing.assert_close(sketch_diagonal(torch.ones(3, 2)), torch.ones(3))
+    torch.testing.assert_close(sketch_diagonal(torch.ones(3, 2)).value, torch.ones(3, dtype=f64))
+    assert h2_proxy(A, probes=1, seed=0).std_error is None and h2_proxy(A, probes=4, seed=0).std_error.norm() < 1e-12
+
+
+@pytest.mark.parametrize('probes', [2, 6, 11, 40])
+def test_h2_knows_its_error(probes):
+    "From six products on it is by leaving out; by fewer, a sketch"
+    B = column_noise(60, range(60), seed=7, kind='gauss') * 0.8 ** torch.arange(60, dtype=f64)
+    A = B + B.T
+    truth = A.square().sum(1)
+    runs = [h2_proxy(A, probes=probes, seed=s) for s in range(40)]
+    error = torch.stack([p.scores - truth for p in runs]).square().mean().sqrt()
+    said = torch.stack([p.std_error for p in runs]).square().mean().sqrt()
+    assert 0.6 < error / said < 1.5
+    assert {p.gradients for p in runs} == {2 * (probes if probes < 6 else probes // 2 * 2)}
+    if probes > 20:
+        plain = [sketch_diagonal(A @ column_noise(60, range(probes), seed=s)).value - truth for s in range(40)]
+        assert error < torch.stack(plain).square().mean().sqrt() / 1.5
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_ggn_probes_know_their_error(name):
+    G = GGNLinearOperator(*case(name))
+    truth = ggn_diagonal(G)
+    runs = [ggn_proxy(G, probes=12, seed=s) for s in range(30)]
+    error = torch.stack([p.scores - truth for p in runs]).square().mean().sqrt()
+    said = torch.stack([p.std_error for p in runs]).square().mean().sqrt()
+    assert 0.7 < error / said < 1.4
+    assert ggn_proxy(G).std_error is None and ggn_proxy(G, probes=1, seed=0).std_error is None
+
+
+# -------------------- any batch that an operator reads
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=f64)
+
+
+class Two(nn.Module):
+    "Two inputs by name or in order, or one of them in a dict"
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, u, v=None):
+        if isinstance(u, dict):
+            u, v = u['u'], u['v']
+        return self.head(torch.tanh(self.a(u) + self.b(v)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, batch_first=True):
+        super().__init__()
+        self.cell = kind(3, 4, batch_first=batch_first)
+        self.head, self.first = nn.Linear(4, 3), batch_first
+
+    def forward(self, x):
+        out = self.cell(x)[0]
+        return self.head(out[:, -1] if self.first else out[-1])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.body, self.head, self.reentrant = nn.Linear(3, 4), nn.Linear(4, 3), reentrant
+
+    def forward(self, x):
+        hidden = torch.utils.checkpoint.checkpoint(
+            lambda x: torch.tanh(self.body(x)), x.requires_grad_(), use_reentrant=self.reentrant
+        )
+        return self.head(hidden)
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.table(x).mean(1).tanh())
+
+
+def made(model):
+    model = model.double().eval()
+    for i, p in enumerate(model.parameters()):
+        p.data = 0.6 * normal(*p.shape, seed=i)
+    return model
+
+
+N, LABELS = 7, torch.arange(7) % 3
+INPUTS = {
+    'dict': (Two, lambda: dict(u=normal(N, 3), v=normal(N, 2, seed=1))),
+    'tuple': (Two, lambda: (normal(N, 3), normal(N, 2, seed=1))),
+    'list, as a DataLoader gives it': (Two, lambda: [normal(N, 3), normal(N, 2, seed=1)]),
+    'lstm': (lambda: Recurrent(nn.LSTM), lambda: normal(N, 5, 3)),
+    'gru, samples second': (lambda: Recurrent(nn.GRU, False), lambda: normal(5, N, 3)),
+    'checkpointed': (lambda: Checkpointed(False), lambda: normal(N, 3)),
+    'checkpointed, reentrant': (lambda: Checkpointed(True), lambda: normal(N, 3)),
+    'words': (Words, lambda: torch.arange(N * 4).reshape(N, 4) % 9),
+}
+WEIGHTS = torch.tensor([1.0, 3.0, 0.5], dtype=f64)
+LOSSES = dict(
+    mean=nn.CrossEntropyLoss(),
+    sum=nn.CrossEntropyLoss(reduction='sum'),
+    weighted=nn.CrossEntropyLoss(weight=WEIGHTS),
+)
+
+
+@pytest.mark.parametrize(
+    ('name', 'loss'), [*((name, 'mean') for name in INPUTS), ('dict', 'sum'), ('lstm', 'weighted'), ('words', 'sum')]
+)
+def test_proxies_of_any_batch(name, loss):
+    "One batch, and the same samples in two uneven ones, against the matrices themselves"
+    make, inputs = INPUTS[name]
+    model, x, loss = made(make()), inputs(), LOSSES[loss]
+    dim = 1 if 'second' in name else 0
+    cut = lambda a, b: torch.utils._pytree.tree_map(lambda t: t.narrow(dim, a, b - a), x)
+    one, two = [(x, LABELS)], [(cut(0, 2), LABELS[:2]), (cut(2, N), LABELS[2:])]
+    G, H = GGNLinearOperator(model, loss, None, one), HessianLinearOperator(model, loss, None, one)
+    truth = dense(G).diagonal()
+    torch.testing.assert_close(ggn_diagonal(G), truth, rtol=1e-8, atol=1e-12)
+    assert ggn_proxy(G).gradients == 3
+    draws = torch.stack([ggn_diagonal(G, probes=1, seed=s) for s in range(30)])
+    assert ((draws.mean(0) - truth).abs() <= 6 * draws.std(0) / 30**0.5 + 1e-9).all()
+    split = GGNLinearOperator(model, loss, None, two), HessianLinearOperator(model, loss, None, two)
+    torch.testing.assert_close(ggn_diagonal(split[0]), truth, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(gradient_proxy(split[1]).scores, gradient_proxy(H).scores)
+    torch.testing.assert_close(sam_proxy(split[1]).scores, sam_proxy(H).scores)
+    torch.testing.assert_close(h2_proxy(split[1], probes=4, seed=0).scores, h2_proxy(H, probes=4, seed=0).scores)
+
+
+@pytest.mark.parametrize('form', ['dict target', 'model and batch', 'triple'])
+def test_targets_and_losses_of_the_whole_batch(form):
+    model, x = made(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))), normal(N, 3)
+    plain = nn.CrossEntropyLoss()
+    ref = HessianLinearOperator(model, plain, None, [(x, LABELS)])
+    forms = {
+        'dict target': (lambda out, y: plain(out, y['label']), (x, dict(label=LABELS, other=LABELS))),
+        'model and batch': (lambda m, b: plain(m(b['x']), b['y']), dict(x=x, y=LABELS)),
+        'triple': (lambda m, b: plain(m(b[0]), b[1]), (x, LABELS, torch.ones(N))),
+    }
+    loss, batch = forms[form]
+    H = HessianLinearOperator(model, loss, None, [batch])
+    for f in (gradient_proxy, sam_proxy, lambda H: h2_proxy(H, probes=4, seed=0)):
+        torch.testing.assert_close(f(H).scores, f(ref).scores)
+    if form == 'dict target':
+        G = GGNLinearOperator(model, loss, None, [batch])
+        torch.testing.assert_close(ggn_diagonal(G), dense(G).diagonal())
+        assert ggn_proxy(G).gradients == 3
+
+
+def coupled():
+    "A loss that compares samples with each other"
+    model = made(nn.Linear(3, 2))
+    return GGNLinearOperator(
+        model, lambda out, y: (out - out.mean(0)).square().sum(), None, [(normal(5, 3), LABELS[:5])]
+    )
 
 
 class Sharp(nn.Module):
@@ -178,7 +336,15 @@ H, G = HessianLinearOperator(*case('mlp')), GGNLinearOperator(*case('mlp'))
     'call, error, says',
     [
         (lambda: ggn_diagonal(H), TypeError, 'must be a GGNLinearOperator'),
-        (lambda: ggn_diagonal(G, probes=0, seed=0), ValueError, 'at least one probe'),
+        (lambda: ggn_diagonal(G, probes=0, seed=0), ValueError, 'probes must be an integer at least 1'),
+        (lambda: ggn_diagonal(G, probes=True, seed=0), TypeError, 'probes'),
+        (lambda: gradient_proxy(torch.eye(3)), TypeError, 'must be a CurvatureOperator'),
+        (lambda: h2_proxy(torch.ones(3, 4), seed=0), ValueError, 'square'),
+        (lambda: h2_proxy(torch.eye(3), seed=1.5), TypeError, 'seed'),
+        (lambda: sketch_diagonal(torch.ones(3, 0)), ValueError, 'Y must be'),
+        (lambda: Proxy('x', [1.0], 1), TypeError, 'tensor'),
+        (lambda: sam_proxy(H, '0.1'), ValueError, 'rho'),
+        (lambda: ggn_diagonal(coupled()), ValueError, "other samples' outputs"),
         (lambda: ggn_diagonal(G, probes=2), ValueError, 'a seed'),
         (lambda: sam_proxy(H, 0), ValueError, 'rho'),
         (lambda: sam_proxy(H, math.nan), ValueError, 'rho'),

@@ -9,6 +9,7 @@ import torch
 from hessian_overlap import Mask, Partition, best_order, mask_overlap, random_order
 from hessian_overlap.quadrature import cut_nodes
 from hessian_overlap.tables import (
+    best_table,
     chance_std,
     eigenspace_tables,
     grid,
@@ -65,8 +66,12 @@ def test_chance_is_what_random_masks_do():
 def test_refuses():
     U, parts = space(10, 2), Partition(['a'], torch.zeros(10, dtype=torch.int64))
     for bad, says in [
-        (lambda: grid(3, 4), 'k = 4, n = 3'),
+        (lambda: grid(3, 4), 'k must be an integer from 1 to 3, got 4'),
         (lambda: layer_table(torch.arange(9), U, parts, [1], [1]), '10 parameter indices'),
+        (lambda: layer_table(torch.arange(10), U, parts, [], [1]), 'sizes must ascend'),
+        (lambda: layer_table(torch.arange(10), U, parts, [1], [3]), 'ranks must ascend'),
+        (lambda: best_table(2 * U, parts, [1], [1]), 'norm 1'),
+        (lambda: leverage_var(U[:, :1].expand(10, 2)), 'not orthogonal'),
         (
             lambda: layer_table(torch.arange(10), U, Partition(['a'], torch.zeros(4, dtype=torch.int64)), [1], [1]),
             'partition is of 4',
