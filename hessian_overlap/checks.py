@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['check_whole', 'check_seed', 'check_choice', 'check_finite', 'check_order', 'check_ks', 'row_blocks', 'check_basis']
+__all__ = ['check_whole', 'check_seed', 'check_choice', 'check_dtype', 'check_device', 'check_finite', 'check_order', 'check_ks',
+           'row_blocks', 'check_basis']
 
 # %% ../nbs/02_checks.ipynb #7174a788
 def _whole(value) -> int:
@@ -58,6 +59,28 @@ def check_choice(
     choices = list(choices)
     if any(value is c or (isinstance(value, type(c)) and value == c) for c in choices): return value
     raise ValueError(f'{name} must be one of {choices}, got {value!r}')
+
+# %% ../nbs/02_checks.ipynb #c8468631
+def check_dtype(
+    dtype: torch.dtype,  # such as torch.float32
+    name: str = 'dtype',  # what it is called
+) -> torch.dtype:  # the same
+    "A real floating-point dtype"
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point: return dtype
+    raise TypeError(f'{name} must be a real floating-point dtype such as torch.float32, got {dtype!r}')
+
+def check_device(
+    device: torch.device | str,  # such as 'cpu' or 'cuda:0'
+) -> torch.device:
+    "A device of this machine that holds numbers in double precision"
+    try: d = torch.device(device)
+    except (RuntimeError, TypeError): raise ValueError(f"device={device!r}: want 'cpu', 'cuda' or 'cuda:0'") from None
+    there = torch.cuda.device_count() if d.type == 'cuda' else 0
+    if d.type == 'cuda' and (d.index or 0) >= there:
+        seen = f'PyTorch {torch.__version__} sees {there} CUDA devices here'
+        raise ValueError(f"device={device!r}: {seen}; use device='cpu'")
+    if d.type in ('cpu', 'cuda'): return d
+    raise ValueError(f"device={device!r}: want a device with numbers in double precision, 'cpu' or 'cuda'")
 
 # %% ../nbs/02_checks.ipynb #0db71eb2
 def check_finite(

@@ -13,21 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .checks import check_seed, check_whole
+from .checks import check_device, check_dtype, check_seed, check_whole
 
 # %% ../nbs/09_models.ipynb #2df2c7a7
 def default_device(device=None) -> torch.device:
     "CUDA if it is there, unless told otherwise"
-    there = torch.cuda.device_count()
-    if device is None: device = 'cuda' if there else 'cpu'
-    try: d = torch.device(device)
-    except (RuntimeError, TypeError): raise ValueError(f"device={device!r}: want 'cpu', 'cuda' or 'cuda:0'") from None
-    if d.type == 'cuda' and (d.index or 0) >= there:
-        seen = f'PyTorch {torch.__version__} sees {there} CUDA devices here'
-        raise ValueError(f"device={device!r}: {seen}; use device='cpu'")
-    if d.type not in ('cpu', 'cuda'):
-        raise ValueError(f"device={device!r}: want a device with numbers in double precision, 'cpu' or 'cuda'")
-    return d
+    if device is None: device = 'cuda' if torch.cuda.device_count() else 'cpu'
+    return check_device(device)
 
 # %% ../nbs/09_models.ipynb #60e0b1ce
 def _fill(m: nn.Module, gen: torch.Generator):
@@ -49,8 +41,7 @@ def seeded(
     device=None,  # None: CUDA if it is there
 ) -> nn.Module:  # in eval mode
     "The network that `torch.manual_seed(seed); make()` gives, without reading or moving the global generator"
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f'dtype={dtype}: parameters are of a floating-point dtype, such as torch.float32')
+    check_dtype(dtype)
     gen = torch.Generator().manual_seed(check_seed(seed))
     device = default_device(device)
     with torch.device('meta'): model = make()

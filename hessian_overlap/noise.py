@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_seed, check_whole
+from .checks import check_choice, check_device, check_dtype, check_seed, check_whole
 
 # %% auto #0
 __all__ = ['NOISE', 'STREAM', 'column_noise', 'stream_seed']
@@ -32,9 +32,9 @@ def column_noise(
 ) -> Tensor:  # (n, number of columns), entries of mean 0 and variance 1
     "Independent columns of noise, a function of (seed, column) alone"
     draw = NOISE[check_choice('kind', kind, NOISE)]
-    n, seed = check_whole('n', n, 0), _check_key(seed)
+    n, seed, device = check_whole('n', n, 0), _check_key(seed), check_device(device)
     columns = [check_whole('a column', c, 0, 2**64 - 1) for c in columns]
-    out = torch.empty(n, len(columns), dtype=dtype)
+    out = torch.empty(n, len(columns), dtype=check_dtype(dtype))
     for j, c in enumerate(columns):
         generator = np.random.Generator(np.random.Philox(key=[seed, c]))
         out[:, j] = torch.from_numpy(draw(generator, n)).to(dtype)

@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .checks import check_choice, check_device, check_dtype, check_finite, check_whole
 from .linop import LinearOperator
 from .noise import column_noise
 
@@ -63,15 +64,16 @@ def synth_eigvals(
     seed: int | None = None,  # None: all positive; an integer: signs ±1 drawn from it, for an indefinite matrix
 ) -> Tensor:  # (n,) float64, |λ| in descending order
     "Eigenvalues of a test matrix, largest magnitude first (Tropp, Yurtsever, Udell and Cevher 2019, section 7.3)"
-    if not 1 <= rank <= n: raise ValueError(f'rank must be between 1 and n = {n}, got {rank}')
+    n = check_whole('n', n, 1)
+    rank = check_whole('rank', rank, 1, n)
+    check_choice('kind', kind, ('poly', 'exp', 'lowrank'))
     i = torch.arange(1, n-rank+1, dtype=torch.float64)
     if kind == 'poly': tail = (i+1)**-decay
     elif kind == 'exp': tail = 10**(-decay*i)
-    elif kind == 'lowrank':
+    else:
         from scipy.stats import semicircular
         quantiles = semicircular.ppf((i.numpy()-.5)/max(len(i), 1))
         tail = torch.from_numpy(noise*np.abs(quantiles)).sort(descending=True).values
-    else: raise ValueError(f"kind must be 'poly', 'exp' or 'lowrank', got {kind!r}")
     lam = torch.cat([torch.ones(rank, dtype=torch.float64), tail])
     return lam if seed is None else lam*column_noise(n, [0], seed=seed)[:, 0]
 
@@ -85,8 +87,11 @@ class SynthOperator(LinearOperator):
         dtype: torch.dtype = torch.float64,  # torch.float32 or torch.float64
         device: torch.device | str = 'cpu',  # where products are computed
     ):
-        n = len(eigvals)
-        super().__init__((n, n), dtype, device, symmetric=True)
+        if not isinstance(eigvals, Tensor) or eigvals.dim() != 1 or not eigvals.is_floating_point() or not len(eigvals):
+            found = tuple(eigvals.shape) if isinstance(eigvals, Tensor) else type(eigvals).__name__
+            raise TypeError(f'eigvals must be an (n,) tensor of real floating point, n at least 1, got {found}')
+        n = len(check_finite('eigvals', eigvals))
+        super().__init__((n, n), check_dtype(dtype), check_device(device), symmetric=True)
         largest_first = eigvals.abs().argsort(descending=True, stable=True)
         self.eigvals = eigvals[largest_first].to(dtype).to(device)
         # column 2⁶³ of the noise is one that no algorithm draws
@@ -101,8 +106,7 @@ def eigvecs(self: SynthOperator,
 ) -> Tensor:  # (n, k) orthonormal columns
     "The eigenvectors of the k largest |eigenvalues|, in that order"
     n = self.shape[0]
-    if not 1 <= k <= n: raise ValueError(f'k must be between 1 and n = {n}, got {k}')
-    return self._signs*idct(torch.eye(n, k, dtype=self.dtype, device=self.device))
+    return self._signs*idct(torch.eye(n, check_whole('k', k, 1, n), dtype=self.dtype, device=self.device))
 
 @patch
 def dense(self: SynthOperator) -> Tensor:  # (n, n)

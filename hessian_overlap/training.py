@@ -30,7 +30,7 @@ from .checks import check_choice, check_whole
 from .files import open_sealed, write_sealed
 from .problems import Problem, TensorData, as_data
 
-# %% ../nbs/11_training.ipynb #882e0a34
+# %% ../nbs/11_training.ipynb #7ff6d1fa
 _STATISTICS = '_u', '_v', 'weight_u', 'weight_v'  # of spectral norm
 
 def moving_buffers(
@@ -178,7 +178,7 @@ def restore(self: TrainingRun,
     "The model at a recorded step, parameters and buffers"
     return load_params(model, self.theta(step), {name: b[self._row(step)] for name, b in self.buffers.items()})
 
-# %% ../nbs/11_training.ipynb #5ae1f093
+# %% ../nbs/11_training.ipynb #e40f2241
 def identity(
     problem: Problem,
     theta: Tensor | None = None,  # (n,) where to look; None: at the initial parameters and buffers
@@ -213,7 +213,7 @@ def _gradients(p, loss, params):
     if loss.requires_grad: return torch.autograd.grad(loss, params, materialize_grads=True)
     raise ValueError(f'{p.name}: the loss does not depend on the parameters')
 
-# %% ../nbs/11_training.ipynb #8854851d
+# %% ../nbs/11_training.ipynb #0afa5ccf
 OPTIMIZERS = {name.lower(): o for name, o in vars(torch.optim).items()
               if isinstance(o, type) and issubclass(o, Optimizer) and o is not Optimizer}
 
@@ -302,7 +302,7 @@ def _step(p: Problem, model, params, t: int, opt=None) -> float:
     opt.step(closure)
     return values[0]
 
-# %% ../nbs/11_training.ipynb #aae1317d
+# %% ../nbs/11_training.ipynb #b8950395
 def _snapshot(p: Problem, model, params, t: int) -> tuple:
     "(theta, changed buffers, train loss, train accuracy, test loss, test accuracy) at step t"
     curves = []
@@ -329,6 +329,27 @@ def _stacked_buffers(rows, initial):
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: torch.stack([row.get(name, initial[name].cpu()) for row in rows]) for name in names}
 
+# %% ../nbs/11_training.ipynb #477078b3
+def _advance(p, model, rows, missing, optimizer, train_mode, progress):
+    "Add the missing steps to rows, from those before them; with an optimizer from the beginning"
+    params, t = _own_params(model), 0
+    load_params(model, p.theta0, p.buffers0)
+    opt = None if optimizer is None else make_optimizer(optimizer, params, p.lr)
+    total = missing[-1] if missing else 0
+    with tqdm(total=total, desc=f'training {p.name}', unit='step', disable=not progress) as bar:
+        for s in missing:
+            before = max((r for r in rows if t < r < s), default=None) if opt is None else None
+            if before is not None:
+                load_params(model, rows[before][0], p.buffers0 | rows[before][1])
+                t = before
+            bar.update(t - bar.n)
+            while t < s:
+                with _training_mode(p, model, t) if train_mode else nullcontext():
+                    bar.set_postfix(loss=f'{_step(p, model, params, t, opt):.3f}', refresh=False)
+                bar.update()
+                t += 1
+            rows[s] = _snapshot(p, model, params, s)
+
 # %% ../nbs/11_training.ipynb #1aaa3d60
 def train(
     problem: Problem,  # its model is left as it is
@@ -352,26 +373,6 @@ def train(
     return TrainingRun(p.name, p.seed, p.batch_size, p.lr, p.source, snaps, torch.stack(thetas),
                        *(np.array(c) for c in curves), optimizer=words, train_mode=train_mode,
                        buffers=_stacked_buffers(moved, p.buffers0), identity=known)
-
-def _advance(p, model, rows, missing, optimizer, train_mode, progress):
-    "Add the missing steps to rows, from those before them; with an optimizer from the beginning"
-    params, t = _own_params(model), 0
-    load_params(model, p.theta0, p.buffers0)
-    opt = None if optimizer is None else make_optimizer(optimizer, params, p.lr)
-    total = missing[-1] if missing else 0
-    with tqdm(total=total, desc=f'training {p.name}', unit='step', disable=not progress) as bar:
-        for s in missing:
-            before = max((r for r in rows if t < r < s), default=None) if opt is None else None
-            if before is not None:
-                load_params(model, rows[before][0], p.buffers0 | rows[before][1])
-                t = before
-            bar.update(t - bar.n)
-            while t < s:
-                with _training_mode(p, model, t) if train_mode else nullcontext():
-                    bar.set_postfix(loss=f'{_step(p, model, params, t, opt):.3f}', refresh=False)
-                bar.update()
-                t += 1
-            rows[s] = _snapshot(p, model, params, s)
 
 # %% ../nbs/11_training.ipynb #d9cfa4fb
 @patch
