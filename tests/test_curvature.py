@@ -340,8 +340,7 @@ def test_symmetric_and_linear(name, kind, device):
     )
 
 
-@pytest.mark.parametrize('chunk', [1, 3, 64])
-@pytest.mark.parametrize('split', [[11], [4, 7], [10, 1], [1, 3, 7]])
+@pytest.mark.parametrize(('chunk', 'split'), [(1, [4, 7]), (64, [11]), (3, [10, 1]), (None, [1, 3, 7])])
 def test_same_for_any_chunk_and_split(name, kind, device, chunk, split):
     model, loss, x, y = make(name, device)
     whole = OPERATORS[kind](model, loss, None, [(x, y)])
