@@ -528,8 +528,9 @@ def _best_block(k, overhead, slope):
     "Least time of (1.7 k + 8 b)/b · (overhead + slope b), between 4 and 64"
     return min(64, max(4, round(math.sqrt(1.7*k*max(overhead, 0)/(8*slope)))))
 
-def _auto_block(A, k, max_matvecs, seed):
+def _auto_block(A, k, max_matvecs, seed, state=None):
     "The best block from timed products, and the matvecs spent on them; none where they are not worth it"
+    if state: return state.block_size, 0
     n, (_, narrow, wide) = A.shape[0], _TIMED
     if min(n, max_matvecs or 10*k+400) < 5*sum(_TIMED): return None, 0
     V = column_noise(n, range(wide), seed=seed, dtype=A.dtype, device=A.device)
@@ -554,10 +555,13 @@ def check_share(
     least = 'at least 0 and below 1' if zero else 'between 0 and 1'
     raise ValueError(f'{name} must be {least}, got {value}')
 
-def _check_stop(which, tol, tol_overlap, mask):
-    "Raises where the arguments do not say when to stop"
+def _check_arguments(which, tol, tol_overlap, mask, seed, **limits):
+    "Raises where the arguments do not say when to stop, or how to begin"
     if which not in ('LM', 'LA', 'SA', 'BE'): raise ValueError(f"which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
     check_share('tol', tol, zero=True)
+    check_seed(seed)
+    for name, limit in limits.items():
+        if limit is not None: check_whole(name, limit, 1)
     if tol_overlap is None: return
     check_share('tol_overlap', tol_overlap)
     if mask is None: raise ValueError('tol_overlap needs mask: the parameters whose overlap is to converge')
@@ -627,7 +631,7 @@ def _captured(start, U):
     return (V.T @ U).double().square().sum().item()/U.shape[1]
 
 # %% ../nbs/21_krylov.ipynb #ecc23f63
-def _finish(state, stop, done_with):
+def _finish(state, stop, done_with, start):
     "Eigenvectors, written over the basis if the state is not needed any more, and what `info` says of it"
     _, F, _, w = stop.pairs
     more = dict(basis_bytes=state.basis.nbytes, columns=state.size)
@@ -635,20 +639,20 @@ def _finish(state, stop, done_with):
     if stop.history: more |= dict(overlap=stop.history[-1][1], overlap_error=stop.error, overlap_history=stop.history)
     spare = done_with and not state.basis.lossy and len(state.basis._segments[0]) == len(w)
     U = state.basis.rotate(F[:, w]).Q if spare else state.basis.combine(F[:, w])
+    if start is not None: more['start_overlap'] = _captured(start, U)
     return U, more
 
-def _warn_unconverged(state, stop):
-    "A warning to whoever called eigsh"
-    far = f'residuals are up to {stop.worst:.1e} times the tolerance'
-    warnings.warn(f'eigsh used {state.matvecs} matvecs and has not converged: {far}; go on with start=result, '
-                  'or raise max_matvecs or tol', RuntimeWarning, stacklevel=3)
-
-def _warn_rank(result, rounding):
-    "A warning that some of the pairs are rounding, to whoever called eigsh"
+def _warn(result, state, stop):
+    "Warnings to whoever called eigsh: that it has not converged, or that some of the pairs are rounding"
     rank, k = result.info['rank'], len(result.eigvals)
-    beyond = f'the other {k-rank} of {k} eigenvectors are any of its null space, an overlap with them is arbitrary'
-    warnings.warn(f'A has {rank} leading eigenvalues above the rounding of its products, {rounding:.1e}: {beyond}',
-                  RuntimeWarning, stacklevel=3)
+    if not stop.done:
+        far = f'residuals are up to {stop.worst:.1e} times the tolerance'
+        warnings.warn(f'eigsh used {state.matvecs} matvecs and has not converged: {far}; go on with start=result, '
+                      'or raise max_matvecs or tol', RuntimeWarning, stacklevel=3)
+    elif rank < k:
+        beyond = f'the other {k-rank} of {k} eigenvectors are any of its null space, an overlap with them is arbitrary'
+        above = f'above the rounding of its products, {state.rounding:.1e}'
+        warnings.warn(f'A has {rank} leading eigenvalues {above}: {beyond}', RuntimeWarning, stacklevel=3)
 
 # %% ../nbs/21_krylov.ipynb #33c1a6dc
 def eigsh(
@@ -672,27 +676,21 @@ def eigsh(
     "Leading eigenpairs by block Lanczos, full reorthogonalisation and Rayleigh-Ritz; arguments as in SciPy's eigsh"
     began = time.perf_counter()
     op, n = check_problem(A, k)
+    _check_arguments(which, tol, tol_overlap, mask, seed, max_matvecs=max_matvecs, max_basis=max_basis)
     state = resume_state(start, A, op, k, max_basis)
     spent, resumed = 0, state.matvecs if state else 0
-    _check_stop(which, tol, tol_overlap, mask)
-    check_seed(seed)
-    for name, limit in dict(max_matvecs=max_matvecs, max_basis=max_basis).items():
-        if limit is not None: check_whole(name, limit, 1)
-    if block_size == 'auto':
-        block_size, spent = (state.block_size, 0) if state else _auto_block(op, k, max_matvecs, seed)
+    if block_size == 'auto': block_size, spent = _auto_block(op, k, max_matvecs, seed, state)
     b, limit, room, keep = _check_sizes(k, n, block_size, max_matvecs, max_basis)
     stop = _Stopping(k, which, tol, torch.finfo(op.dtype).eps, tol_overlap, None if mask is None else _indices(mask, n))
     vectors = start.eigvecs if isinstance(start, EighResult) else start
     if state: vectors = None
     else: state = BlockLanczos(op, b, seed=seed, start=vectors, basis_dtype=basis_dtype, basis_place=basis_place,
                                first=k)
-    state.source = A
-    state.matvecs += spent
+    state.source, state.matvecs = A, state.matvecs+spent
     reason = _grow(state, stop, k, limit+resumed, room, keep, progress)
-    U, more = _finish(state, stop, bool(reason) and not keep_state and not resumed)
-    if not reason: _warn_unconverged(state, stop)
-    if vectors is not None: more['start_overlap'] = _captured(start, U)
+    done_with = bool(reason) and not keep_state and not resumed
+    U, more = _finish(state, stop, done_with, None if vectors is None else start)
     result = state._result(*stop.pairs, bool(reason), U, which=which, tol=tol, stopped_by=reason or 'max_matvecs',
                            resumed=resumed, seconds=time.perf_counter()-began, **more)
-    if reason and result.info['rank'] < k: _warn_rank(result, state.rounding)
+    _warn(result, state, stop)
     return result

@@ -18,7 +18,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['check_device', 'LinearOperator', 'FunctionLinearOperator', 'aslinearoperator', 'two_norm', 'power_of_two']
 
-# %% ../nbs/01_linop.ipynb #10fa3aae
+# %% ../nbs/01_linop.ipynb #44ea595f
 def check_device(
     device: torch.device | str,  # of torch, and with memory of its own
 ) -> torch.device:  # 'cuda' becomes 'cuda:0'
@@ -29,6 +29,7 @@ def check_device(
     if found.type == 'meta': raise ValueError("nothing can be computed on the meta device: give 'cpu' or 'cuda'")
     return found
 
+# %% ../nbs/01_linop.ipynb #10fa3aae
 class LinearOperator:
     "A real matrix known by its products with blocks of vectors: `A @ V`, `A.T @ U`"
     __array_ufunc__ = None  # NumPy leaves `array @ A` to the operator
@@ -163,6 +164,7 @@ def _from_curvlinops(A):
     if getattr(A, 'SELF_ADJOINT', False): rmatmat = matmat
     return FunctionLinearOperator(matmat, A.shape, rmatmat=rmatmat, dtype=A.dtype, device=A.device)
 
+# %% ../nbs/01_linop.ipynb #1ef0e618
 def _numpy_product(product, dtype, V): return torch.from_numpy(np.ascontiguousarray(product(V.numpy()))).to(dtype)
 
 def _from_numpy(A):

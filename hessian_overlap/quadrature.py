@@ -370,6 +370,11 @@ def _places(order, n, name):
     check_order(order, n, name or None)
     return torch.empty(n, dtype=torch.int64).scatter_(0, order.cpu(), torch.arange(n))
 
+def _check_limits(seed, tol, max_matvecs):
+    check_seed(seed)
+    if tol is not None: check_share('tol', tol)
+    if max_matvecs is not None: check_whole('max_matvecs', max_matvecs, 1)
+
 def check_slq(
     n: int,  # number of parameters
     order: Tensor | dict[str, Tensor],  # (n,) int64 permutation, most important first; several by name
@@ -444,9 +449,7 @@ def overlap_slq(
     "Overlap curve by exact leading pairs and block Lanczos quadrature for the rest, with 95% intervals"
     began, n = time.perf_counter(), check_problem(A, 1)[1]
     names, places, ks, labels = check_slq(n, order, ks, groups)
-    check_seed(seed)
-    if tol is not None: check_share('tol', tol)
-    if max_matvecs is not None: check_whole('max_matvecs', max_matvecs, 1)
+    _check_limits(seed, tol, max_matvecs)
     basis = dict(basis_dtype=basis_dtype, basis_place=basis_place)
     if isinstance(start, OverlapEstimate): start = start.info['state']
     states = [_grow_probes(A, num_probes, num_steps, seed, start, progress, **basis)]
