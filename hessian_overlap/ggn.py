@@ -218,7 +218,7 @@ def _drawn(p, noise):
     "Classes (rows, L, M) of probabilities p (rows, L, classes) at normal numbers (rows, L, M)"
     def draw(p, u):
         total = p.double().cumsum(-1)
-        return torch.searchsorted(total, u*total[..., -1:], right=True).clamp_(max=p.shape[-1]-1)
+        return torch.searchsorted(total, (u*total[..., -1:]).contiguous(), right=True).clamp_(max=p.shape[-1]-1)
     few = max(1, 2**22//p[0].numel())
     return torch.cat([draw(*rows) for rows in zip(p.split(few), torch.special.ndtr(noise).split(few))])
 
