@@ -1,9 +1,10 @@
 """Memory of a Gauss-Newton product of a language model: this package and curvlinops, each in a process of its own.
 
-A causal transformer with a vocabulary of 50,000, tied to nothing, in float32, on random tokens. The peak is the
-process's own (ru_maxrss), construction included, so it holds the model, the operator's copy of it and the vectors too;
-`imported_gb` is what torch alone takes. A process may have --limit_gb of address space; one that needs more is reported
-as out of memory. Products are compared between the ways by ten thousand entries.
+A causal transformer with a vocabulary of 50,000, in float32, on random tokens. The peak is the process's own (its
+resident set's high-water mark, which Linux lets a process reset), of construction and of the product apart; both hold
+the model, what an operator keeps and the vectors too. `imported_gb` is what torch alone takes. The ways that end in
+_single get one batch for each sequence, the others one batch of all. A process may allocate --limit_gb; one that needs
+more is reported as out of memory. Products are compared between the ways by ten thousand entries.
 
     python benchmarks/ggn_memory.py [--problems toy large] [--ways ours curvlinops] [--limit_gb 10]
 """
@@ -27,7 +28,7 @@ PROBLEMS = dict(
     toy_long=dict(width=64, layers=2, sequences=1, length=2048, columns=1),
     large=dict(width=768, layers=12, sequences=8, length=128, columns=1),
 )
-WAYS = ['ours', 'ours_quarter', 'curvlinops', 'curvlinops_single']
+WAYS = ['ours', 'ours_single', 'curvlinops', 'curvlinops_single']
 VOCABULARY = 50_000
 HERE = Path(__file__).resolve().parent
 
@@ -60,30 +61,29 @@ def build(width, layers, sequences, length, columns):
     return model, nn.CrossEntropyLoss(), x, y, V
 
 
-def multiply(way, model, loss, x, y, V):
-    "The product, by one of the ways, and what the operator says of itself"
-    import torch
-
+def operator(way, model, loss, x, y):
+    "The operator, by one of the ways; neither checks its data"
+    # as one batch, or one batch for each sequence
+    data = list(zip(x.split(1), y.split(x.shape[1]))) if way.endswith('single') else [(x, y)]
     if way.startswith('ours'):
         from hessian_overlap import GGNLinearOperator
 
-        memory = dict(ours=2**30, ours_quarter=2**28)[way]
-        G = GGNLinearOperator(model, loss, None, [(x, y)], memory=memory, strategy='single')
-        return G @ V, dict(memory=memory, pieces=G.info['pieces'])
+        return GGNLinearOperator(model, loss, None, data, memory=2**28, strategy='single', check_deterministic=False)
     from curvlinops import GGNLinearOperator
 
     params = list(model.parameters())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        data = [(x, y)]
-        if way == 'curvlinops_single':  # what its user can do: batches of one sequence
-            data = list(zip(x.split(1), y.split(x.shape[1])))
-        # the number of samples is that of targets, as for its mean
-        G = GGNLinearOperator(model, loss, params, data, check_deterministic=False, batch_size_fn=lambda x: x.numel())
-        return G @ V, {}
+    # the number of samples is that of targets, as for its mean
+    return GGNLinearOperator(model, loss, params, data, check_deterministic=False, batch_size_fn=lambda x: x.numel())
+
+
+def resident(field='VmRSS'):
+    "What the process holds, or has held at most (VmHWM), in GB"
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
 
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resident('VmHWM')
 
 
 def child(name, way, threads, out):
@@ -94,16 +94,25 @@ def child(name, way, threads, out):
     model, loss, x, y, V = build(**PROBLEMS[name])
     built = peak()
     start = time.perf_counter()
-    W, said = multiply(way, model, loss, x, y, V)
-    seconds = time.perf_counter() - start
+    G = operator(way, model, loss, x, y)
+    constructed, made = peak(), time.perf_counter() - start
+    Path('/proc/self/clear_refs').write_text('5')  # what follows has a peak of its own
+    held = resident()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        W = G @ V
+    seconds = time.perf_counter() - start - made
+    pieces = G.info['pieces'] if way.startswith('ours') else None
     few = torch.linspace(0, W.numel() - 1, 10_000, dtype=torch.float64).long()
     result = dict(
-        peak_gb=peak(),
         imported_gb=imported,
         built_gb=built,
-        seconds=seconds,
+        construction_peak_gb=constructed,
+        held_gb=held,
+        product_peak_gb=peak(),
+        construction_seconds=made,
+        product_seconds=seconds,
         n=len(V),
-        **said,
+        pieces=pieces,
         logits_gb=y.numel() * VOCABULARY * 4 / 1e9,
         entries=W.T.reshape(-1)[few].tolist(),
     )

@@ -628,6 +628,11 @@ class _Checked:
     adjoint: float  # relative difference of ⟨u, Dy v⟩ and ⟨Dyᵀu, v⟩
 
 @patch
+def _checked(self: CurvatureOperator, theta, batch, **where):
+    "What is differentiated, as far as it is checked"
+    return self._primal(theta, batch, **where)
+
+@patch
 def _try_product(self: CurvatureOperator, dtype, few):
     "A product and what it should be, in a dtype"
     theta, batch, where = self._sampled(dtype, few)
@@ -635,13 +640,13 @@ def _try_product(self: CurvatureOperator, dtype, few):
     v, step = self._direction(theta), eps**.5*size
     theta = theta.requires_grad_()
     with torch.enable_grad():
-        y = self._primal(theta, batch, **where)
+        y = self._checked(theta, batch, **where)
         product, u = self._along(y, theta, v), _wave(y.detach(), 1.)
         dual = graph_vjp(y, theta, u, False) if y.requires_grad else torch.zeros_like(v)
     def difference(step):
         with torch.enable_grad():
             moved = (theta.detach()+step*v).requires_grad_()
-            return (self._primal(moved, batch, graph=False, **where).detach()-y.detach())/step
+            return (self._checked(moved, batch, graph=False, **where).detach()-y.detach())/step
     noise = 10*eps*two_norm(y.detach()).item()/step
     return _Checked(product.detach(), difference, step, noise, _gap(u, product, dual, v))
 

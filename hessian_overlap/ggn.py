@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
 
-from .batches import SavedBytes, is_pair, tensors_of, with_reduction
+from .batches import SavedBytes, is_pair, num_samples, some_samples, tensors_of, with_reduction
 from .curvature import CurvatureOperator, graph_vjp, rowwise
 from .linop import two_norm
 from .synthmat import column_noise
@@ -41,6 +41,10 @@ class _Factored(CurvatureOperator):
     def _primal(self, theta, batch, graph=True, **where):
         "What is differentiated: the output"
         return self._loss(theta, batch, **where)[1]
+    def _checked(self, theta, batch, **where):
+        "At most about a million entries of it"
+        out = self._primal(theta, batch, **where).reshape(-1)
+        return out[::1+len(out)//2**20]
     def _along(self, out, theta, v):
         "Its derivative along v, by its graph"
         return _jacobian(out, theta)[0](v, False) if out.requires_grad else torch.zeros_like(out)
@@ -137,16 +141,24 @@ def _class_dims(out):
     return [dim for dim in dict.fromkeys((out.dim()-1, 1)) if out.shape[dim] > 1]
 
 @patch
+def _softmax_agrees(self: GGNLinearOperator, out, y, dim):
+    "Whether a product by softmax is that of a second backward pass, with some of the samples if there are many"
+    few = max(1, 2**22//out[0].numel())
+    if num_samples((out, y)): out, y = some_samples((out, y), 0, few)
+    c, p = _weights(self.loss_func, out, y, 'softmax', dim)
+    if c is None: return False
+    z = out.detach()+_made_up(out, dim)[0]
+    plain = _by_backward(self.loss_func, out, y)[0](z, False)
+    return bool(two_norm(_softmax_middle(c, p, dim)(z, False)-plain) <= self._close*two_norm(plain))
+
+@patch
 def _by_softmax(self: GGNLinearOperator, out, y):
     "The product with B of a loss that goes by softmax, and its bytes; None if it does not"
     for dim in _class_dims(out):
         c, p = _weights(self.loss_func, out, y, 'softmax', dim)
         if c is None: continue
         middle = _softmax_middle(c, p, dim)
-        if self._is_softmax is None:
-            z = out.detach()+_made_up(out, dim)[0]
-            plain = _by_backward(self.loss_func, out, y)[0](z, False)
-            self._is_softmax = bool(two_norm(middle(z, False)-plain) <= self._close*two_norm(plain))
+        if self._is_softmax is None: self._is_softmax = self._softmax_agrees(out, y, dim)
         return (middle, p.nbytes) if self._is_softmax else None
     self._is_softmax = False
 
