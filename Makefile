@@ -2,13 +2,18 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
-FACTS := settings.ini setup.py tools/setup.sh
+FACTS := settings.ini setup.py tools/setup.sh tests/peers.txt
+# for `make test-torch`: an environment beside .venv, and the tests that know torch from its numbers only
+TORCH ?= 2.4.1
+OTHER := .venv-torch-$(TORCH)
+LAWS := $(addprefix tests/test_,$(addsuffix .py,linop curvature foreign fold eigen sketch quadrature masked_start subspaces apost \
+  significance tables proxies models problems training record))
 FLAGS ?=
 JOBS ?= 2
 # two notebooks on two busy cores are ten times slower when each of them starts two OpenMP threads
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help env env-dev run explore test lab docs export notebooks readme clean
+.PHONY: help env env-dev run explore test test-torch lab docs export notebooks readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +34,11 @@ explore: env ## sliders over a finished run, in the browser; RUN=folder for anot
 
 test: env-dev ## everything: exports, notebooks, laws, site, browser; ARGS="-k krylov" is passed to pytest
 	$(ONE_THREAD) MPLBACKEND=agg $(PY) -m pytest -n $(JOBS) --dist worksteal --durations=10 --durations-min=2 $(ARGS)
+
+$(OTHER)/.dev-ready: $(FACTS)
+	@VENV=$(OTHER) TORCH=$(TORCH) tools/setup.sh dev
+test-torch: $(OTHER)/.dev-ready ## the laws with another torch, in an environment of its own: TORCH=2.4.1 (the oldest) or TORCH=newest
+	$(ONE_THREAD) MPLBACKEND=agg $(OTHER)/bin/python -m pytest -n $(JOBS) --dist worksteal $(LAWS) $(ARGS)
 
 lab: env-dev ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab --ServerApp.root_dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)

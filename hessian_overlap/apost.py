@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .krylov import BlockLanczos
 from .linop import aslinearoperator
-from .sketch import STREAM, EighResult, SVDResult, operator_images
-from .synthmat import column_noise
+from .noise import STREAM, column_noise
+from .sketch import EighResult, SVDResult, operator_images
 
 # %% auto #0
 __all__ = ['Residuals', 'residual_norms', 'apost_bounds', 'ApostError', 'apost_error', 'ScreeBounds', 'scree_bounds',

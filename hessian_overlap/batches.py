@@ -9,6 +9,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 # %% auto #0
 __all__ = ['named_params', 'FunctionModel', 'as_module', 'refuse_random_modules', 'is_pair', 'call_model', 'BatchLoss',
-           'tensors_of', 'to_device', 'num_samples', 'some_samples', 'joined_batch', 'stated_reduction',
-           'with_reduction', 'normaliser', 'shaken', 'find_rule', 'SavedBytes', 'default_memory']
+           'places_of', 'replaced', 'tensors_of', 'to_device', 'num_samples', 'some_samples', 'joined_batch',
+           'stated_reduction', 'with_reduction', 'normaliser', 'shaken', 'find_rule', 'SavedBytes', 'default_memory']
 
 # %% ../nbs/08_batches.ipynb #ae68adfe
 def _by_rule(known, rule):
@@ -115,6 +116,28 @@ class BatchLoss(nn.Module):
         if not is_pair(batch): return self._loss_func[0](self.model, batch), None
         out = call_model(self.model, batch[0])
         return self._loss_func[0](out, batch[1]), out
+
+# %% ../nbs/08_batches.ipynb #bd538c8d
+def places_of(
+    model: nn.Module,
+) -> list:  # (dict of a module, key in it, name of the tensor); the name is that of named_parameters or named_buffers
+    "Where a model refers to its parameters and buffers"
+    names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    stores = [store for m in model.modules() for store in (m._parameters, m._buffers)]
+    return [(store, key, names[id(t)]) for store in stores for key, t in store.items() if t is not None]
+
+@contextmanager
+def replaced(
+    places: list,  # as places_of gives them
+    tensors: Mapping,  # {name: tensor}, of all or some
+):
+    "A context in which the places hold other tensors"
+    kept = [(store, key, store[key], tensors[name]) for store, key, name in places if name in tensors]
+    try:
+        for store, key, _, t in kept: store[key] = t
+        yield
+    finally:
+        for store, key, own, _ in kept: store[key] = own
 
 # %% ../nbs/08_batches.ipynb #f78d7f3e
 def tensors_of(o):

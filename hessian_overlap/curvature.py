@@ -16,7 +16,6 @@ from itertools import islice
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm.auto import tqdm
 
@@ -31,7 +30,9 @@ from hessian_overlap.batches import (
     named_params,
     normaliser,
     num_samples,
+    places_of,
     refuse_random_modules,
+    replaced,
     shaken,
     some_samples,
     stated_reduction,
@@ -133,16 +134,19 @@ def _padding(model, named):
     padded = [m for m in model.modules() if getattr(m, 'padding_idx', None) is not None]
     return {names[id(m.weight)]: m.padding_idx for m in padded if id(getattr(m, 'weight', None)) in names}
 
+_MADE_AGAIN = '_lock', '_kept', '_kept_for', '_records', '_places'
+
 @patch
 def _forget(self: CurvatureOperator):
     "What can be made again, and no other process can have"
     self._lock = threading.RLock()
     self._kept, self._kept_for = [], None  # product functions with their bytes, and their strategy
     self._records = {}  # recorded operations by key
+    self._places = places_of(self.model)
 
 @patch
 def __getstate__(self: CurvatureOperator):
-    return {k: v for k, v in vars(self).items() if k not in ('_lock', '_kept', '_kept_for', '_records')}
+    return {k: v for k, v in vars(self).items() if k not in _MADE_AGAIN}
 
 @patch
 def __setstate__(self: CurvatureOperator, state):
@@ -163,9 +167,8 @@ def _unflatten(self: CurvatureOperator, theta):
 def _loss(self: CurvatureOperator, theta, batch, others=None, batch_loss=None):
     "Loss and output of a batch at θ; the other parameters and the buffers, unless given, as at construction"
     state = {**self._state, **(others or {}), **self._unflatten(theta)}
-    state = {f'model.{name}': t for name, t in state.items()}
-    with _MODELS, twice_differentiable(self.model):
-        return functional_call(batch_loss or self._batch_loss, state, (batch,))
+    with _MODELS, replaced(self._places, state), twice_differentiable(self.model):
+        return (batch_loss or self._batch_loss)(batch)
 
 @patch
 def _batches(self: CurvatureOperator, start=0):

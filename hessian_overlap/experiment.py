@@ -33,6 +33,7 @@ from . import __version__
 from .curvature import HessianLinearOperator
 from .krylov import eigsh
 from .masks import magnitude_order, partition, random_order
+from .noise import column_noise
 from .overlaps import best_overlap_curve, overlap_curve
 from .problems import Problem, make_problem
 from .quadrature import cut_nodes, overlap_slq
@@ -49,7 +50,6 @@ from hessian_overlap.record import (
     write_atomic,
 )
 from .sketch import seigh
-from .synthmat import column_noise
 from .tables import eigenspace_tables, grid, quadrature_tables
 from .training import TrainingRun, load_params, train
 

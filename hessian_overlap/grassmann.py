@@ -14,9 +14,11 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
+from .checks import row_blocks
+
 # %% auto #0
-__all__ = ['METRICS', 'row_blocks', 'principal_angles', 'overlap', 'metric_from_angles', 'grassmann_distance', 'mask_iou',
-           'distance_matrix', 'chance_overlap', 'random_angles', 'Chance', 'chance_distance']
+__all__ = ['METRICS', 'principal_angles', 'overlap', 'metric_from_angles', 'grassmann_distance', 'mask_iou', 'distance_matrix',
+           'chance_overlap', 'random_angles', 'Chance', 'chance_distance']
 
 # %% ../nbs/30_grassmann.ipynb #78e5df60
 def _check_orthonormal(U, name):
@@ -54,14 +56,6 @@ def _pair(U, V):
 def _spaces(U, V): return _pair(_space(U, 'U'), _space(V, 'V'))
 
 # %% ../nbs/30_grassmann.ipynb #392c675b
-def row_blocks(
-    n: int,  # rows of a matrix
-    width: int,  # its columns, at least 1
-):  # generator of slices that cut the rows, in order
-    "Slices of rows that cut a matrix into blocks of about two million numbers, none wider than tall"
-    step = max(width, 2**21//width)
-    return (slice(i, min(i+step, n)) for i in range(0, n, step))
-
 def _svdvals(blocks, k):
     "k singular values, largest first, of a matrix of k columns that comes in blocks of rows; zeros if rows are fewer"
     R = None

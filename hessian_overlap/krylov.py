@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .basis import Basis
+from .noise import column_noise
 from .sketch import EighResult, check_problem
-from .synthmat import column_noise
 
 # %% auto #0
 __all__ = ['BlockLanczos', 'write_state', 'resume_state', 'eigsh']

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .krylov import write_state
+from .noise import column_noise
 from hessian_overlap.quadrature import (
     OverlapEstimate,
     check_slq,
@@ -28,7 +29,6 @@ from hessian_overlap.quadrature import (
     warn_unresolved,
 )
 from .sketch import check_problem
-from .synthmat import column_noise
 
 # %% auto #0
 __all__ = ['STRIP', 'tsqr_', 'ShortLanczos', 'overlap_slq_masked']

@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .grassmann import row_blocks
+from .checks import row_blocks
 
 # %% auto #0
 __all__ = ['score_order', 'magnitude_order', 'random_order', 'leverage', 'best_order', 'Partition', 'partition', 'order_within',

@@ -10,27 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grassmann import row_blocks
+from .checks import check_basis, check_order, row_blocks
 from .masks import Mask, Partition, check_parts, leverage
 
 # %% auto #0
-__all__ = ['check_basis', 'mask_overlap', 'check_order', 'overlap_table', 'overlap_curve', 'best_overlap_curve', 'OverlapSplit',
-           'overlap_split']
-
-# %% ../nbs/32_overlaps.ipynb #58a47ba7
-def check_basis(
-    U: Tensor,  # (n, k) columns of norm 1
-    n: int | None = None,  # how many rows it must have; None: any
-):
-    "Raises if U is no basis; that its columns are orthonormal is judged by their norms"
-    if not isinstance(U, Tensor) or U.dim() != 2 or not U.is_floating_point():
-        found = tuple(U.shape) if isinstance(U, Tensor) else type(U).__name__
-        raise ValueError(f'U must be an (n, k) tensor, got {found}')
-    if n is not None and U.shape[0] != n: raise ValueError(f'U has {U.shape[0]} rows, there are {n} parameters')
-    norms = sum(U[r].square().sum(0).double() for r in row_blocks(*U.shape)).sqrt()  # in blocks, added up in float64
-    if (norms-1).abs().max() <= 1e3*torch.finfo(U.dtype).eps*U.shape[0]**.5: return  # a NaN is not
-    low, high = norms.min().item(), norms.max().item()
-    raise ValueError(f'the columns of U must have norm 1, got {low:.6g} to {high:.6g}')
+__all__ = ['mask_overlap', 'overlap_table', 'overlap_curve', 'best_overlap_curve', 'OverlapSplit', 'overlap_split']
 
 # %% ../nbs/32_overlaps.ipynb #f02b55de
 def _check_mask(mask, U):
@@ -46,17 +30,6 @@ def mask_overlap(
     "Overlap ‖I_maskᵀU‖²_F / min(k, l) of k parameters with a subspace (Fernandez et al. 2025)"
     _check_mask(mask, U)
     return U[mask.indices.to(U.device)].double().square().sum()/min(mask.k, U.shape[1])
-
-# %% ../nbs/32_overlaps.ipynb #635c9131
-def check_order(
-    order: Tensor,  # (n,) int64 permutation
-    n: int,  # number of parameters
-):
-    "Raises if an ordering is none"
-    if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.dim() != 1:
-        raise TypeError('an ordering is an int64 tensor of parameter indices, most important first')
-    if len(order) != n or (order.bincount(minlength=n) != 1).any():
-        raise ValueError(f'an ordering must hold each of the {n} parameter indices once, got {len(order)} entries')
 
 # %% ../nbs/32_overlaps.ipynb #557c53bc
 def overlap_table(

@@ -25,9 +25,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from .models import check_seed, default_device, mnist_mlp
+from .checks import check_seed
 from .models import cifar10_3c3d as cifar10_3c3d  # to be imported from here as well
 from .models import cifar100_allcnnc as cifar100_allcnnc
+from .models import default_device, mnist_mlp
 from .models import resnet18 as resnet18
 
 # %% ../nbs/10_problems.ipynb #f5df2aa0

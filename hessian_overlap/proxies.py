@@ -14,7 +14,7 @@ from .curvature import CurvatureOperator
 from .ggn import GGNLinearOperator
 from .linop import aslinearoperator
 from .masks import Mask, score_order
-from .synthmat import column_noise
+from .noise import column_noise
 
 # %% auto #0
 __all__ = ['Proxy', 'gradient_proxy', 'sam_proxy', 'ggn_diagonal', 'ggn_proxy', 'sketch_diagonal', 'h2_proxy']

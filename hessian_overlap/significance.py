@@ -14,9 +14,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from torch import Tensor
 
+from .checks import check_basis
 from .grassmann import chance_overlap, grassmann_distance
 from .masks import Mask, Partition, check_parts, leverage
-from .overlaps import check_basis, mask_overlap
+from .overlaps import mask_overlap
 
 # %% auto #0
 __all__ = ['random_mask', 'chance_mask_overlap', 'chance_curve', 'Significance', 'overlap_significance', 'random_mask_distances']

@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .linop import LinearOperator, aslinearoperator
-from .synthmat import column_noise, dct, idct
+from .noise import STREAM, column_noise
+from .synthmat import dct, idct
 
 # %% auto #0
-__all__ = ['STREAM', 'EighResult', 'check_problem', 'TestMatrix', 'Sketch', 'operator_images', 'seigh', 'SVDResult', 'ssvd']
+__all__ = ['EighResult', 'check_problem', 'TestMatrix', 'Sketch', 'operator_images', 'seigh', 'SVDResult', 'ssvd']
 
 # %% ../nbs/20_sketch.ipynb #4cbd44b4
 def _trust(info):
@@ -123,7 +124,6 @@ def _rmatmat(self: TestMatrix, U):
     return U[self._rows[:m]]*self.shape[0]**.5
 
 # %% ../nbs/20_sketch.ipynb #770e5818
-STREAM = 2**32  # distance of the seeds of independent test matrices
 _WHOLE = dict(core='num_outer', singlepass='num_inner', nystrom='num_inner')  # how many whole images a recovery keeps
 
 def _check_sizes(k, num_outer, num_inner, n):

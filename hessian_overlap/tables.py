@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .grassmann import row_blocks
+from .checks import check_basis, check_order, row_blocks
 from .krylov import BlockLanczos
 from .masks import Partition, leverage
-from .overlaps import check_basis, check_order
 from hessian_overlap.quadrature import (
     check_slq,
     masked_traces,

@@ -63,9 +63,10 @@ def embedding_bag(
 @contextmanager
 def _without_checkpoints():
     "torch.utils.checkpoint calls the function, and no more"
-    ways = {'CheckpointFunction': _Plain, '_checkpoint_without_reentrant_generator': _nothing}
-    kept = {name: getattr(checkpoint, name) for name in ways}
-    for name, way in ways.items(): setattr(checkpoint, name, way)
+    generator = '_checkpoint_without_reentrant_generator'
+    ways = {'CheckpointFunction': _Plain, generator: _nothing, f'{generator}_impl': _nothing}  # torch 2.14 has both
+    kept = {name: getattr(checkpoint, name) for name in ways if hasattr(checkpoint, name)}
+    for name in kept: setattr(checkpoint, name, ways[name])
     try: yield
     finally:
         for name, way in kept.items(): setattr(checkpoint, name, way)

@@ -27,7 +27,7 @@ from hessian_overlap import (
     ssvd,
     synth_eigvals,
 )
-from hessian_overlap.synthmat import column_noise
+from hessian_overlap.noise import column_noise
 
 f32, f64 = torch.float32, torch.float64
 N, K = 300, 24

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hessian_overlap.curvature import HessianLinearOperator
 from hessian_overlap.ggn import EFLinearOperator, GGNLinearOperator
+from hessian_overlap.noise import column_noise
 from hessian_overlap.problems import mnist_mlp
-from hessian_overlap.synthmat import column_noise
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
 f64 = torch.float64
@@ -340,8 +340,7 @@ def test_symmetric_and_linear(name, kind, device):
     )
 
 
-@pytest.mark.parametrize('chunk', [1, 3, 64])
-@pytest.mark.parametrize('split', [[11], [4, 7], [10, 1], [1, 3, 7]])
+@pytest.mark.parametrize(('chunk', 'split'), [(1, [4, 7]), (64, [11]), (3, [10, 1]), (None, [1, 3, 7])])
 def test_same_for_any_chunk_and_split(name, kind, device, chunk, split):
     model, loss, x, y = make(name, device)
     whole = OPERATORS[kind](model, loss, None, [(x, y)])

@@ -9,8 +9,9 @@ from scipy.sparse.linalg import eigsh as scipy_eigsh
 
 from hessian_overlap.krylov import BlockLanczos, eigsh
 from hessian_overlap.linop import FunctionLinearOperator
+from hessian_overlap.noise import column_noise
 from hessian_overlap.sketch import EighResult, TestMatrix, seigh
-from hessian_overlap.synthmat import SynthOperator, column_noise, synth_eigvals
+from hessian_overlap.synthmat import SynthOperator, synth_eigvals
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
 f64 = torch.float64

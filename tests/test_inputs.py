@@ -18,7 +18,7 @@ from torch import nn
 
 import hessian_overlap as ho
 from hessian_overlap.curvature import HessianLinearOperator
-from hessian_overlap.synthmat import column_noise
+from hessian_overlap.noise import column_noise
 
 HERE = Path(ho.__file__).parent
 f64 = torch.float64

@@ -6,8 +6,9 @@ import scipy.sparse
 import torch
 
 from hessian_overlap.linop import FunctionLinearOperator, LinearOperator, aslinearoperator
+from hessian_overlap.noise import column_noise
 from hessian_overlap.sketch import TestMatrix
-from hessian_overlap.synthmat import SynthOperator, column_noise, dct, idct, synth_eigvals
+from hessian_overlap.synthmat import SynthOperator, dct, idct, synth_eigvals
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
 M = np.random.default_rng(0).standard_normal((7, 4))

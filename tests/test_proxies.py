@@ -10,6 +10,7 @@ from hessian_overlap.curvature import HessianLinearOperator
 from hessian_overlap.ggn import GGNLinearOperator
 from hessian_overlap.masks import Mask
 from hessian_overlap.models import mnist_mlp
+from hessian_overlap.noise import column_noise
 from hessian_overlap.proxies import (
     Proxy,
     ggn_diagonal,
@@ -19,7 +20,6 @@ from hessian_overlap.proxies import (
     sam_proxy,
     sketch_diagonal,
 )
-from hessian_overlap.synthmat import column_noise
 from hessian_overlap.training import load_params
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])

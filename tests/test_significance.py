@@ -9,6 +9,7 @@ import torch
 from scipy.stats import kstest
 
 from hessian_overlap.masks import Mask, leverage, partition, random_order
+from hessian_overlap.noise import column_noise
 from hessian_overlap.overlaps import best_overlap_curve, mask_overlap, overlap_curve, overlap_split
 from hessian_overlap.significance import (
     chance_curve,
@@ -17,7 +18,6 @@ from hessian_overlap.significance import (
     random_mask,
     random_mask_distances,
 )
-from hessian_overlap.synthmat import column_noise
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
 f64 = torch.float64

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hessian_overlap.curvature import HessianLinearOperator
 from hessian_overlap.ggn import EFLinearOperator, GGNLinearOperator
-from hessian_overlap.synthmat import column_noise
+from hessian_overlap.noise import column_noise
 
 f64 = torch.float64
 KINDS = [HessianLinearOperator, GGNLinearOperator]

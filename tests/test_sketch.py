@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from hessian_overlap.linop import FunctionLinearOperator, aslinearoperator
+from hessian_overlap.noise import column_noise
 from hessian_overlap.sketch import EighResult, Sketch, SVDResult, TestMatrix, seigh, ssvd
-from hessian_overlap.synthmat import SynthOperator, column_noise, synth_eigvals
+from hessian_overlap.synthmat import SynthOperator, synth_eigvals
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
 f32, f64 = torch.float32, torch.float64

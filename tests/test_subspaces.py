@@ -32,8 +32,8 @@ from hessian_overlap.masks import (
     random_order,
     score_order,
 )
+from hessian_overlap.noise import column_noise
 from hessian_overlap.overlaps import best_overlap_curve, mask_overlap, overlap_curve, overlap_split, overlap_table
-from hessian_overlap.synthmat import column_noise
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
 f64 = torch.float64
