@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -117,6 +118,7 @@ def _start(self: CurvatureOperator, model, params):
     self._state = {name: t.detach().clone() for name, t in tensors}
     self._padding = _padding(model, named)
     self._batch_loss = BatchLoss(self.model, self.loss_func)
+    self._cuts = {}  # group -> pieces that it is cut in, where it is
     self._chosen = None  # the strategy that was fixed or found the fastest
     self._rates = {}  # a strategy's seconds per vector, or why it is out
     self._gradient_seconds = None
@@ -254,10 +256,12 @@ def _tried_rule(self: CurvatureOperator, pair, item):
 
 # %% ../nbs/12_curvature.ipynb #afba67e4
 def _tried_part(batch, out):
-    "What of a batch is tried: output and target of a pair, else all; at most 64 samples"
+    "What of a batch is tried: output and target of a pair, else all; at most 64 samples, of large ones three"
     detached = lambda t: t.detach() if isinstance(t, Tensor) else t
     item = (tree_map(detached, out), batch[1]) if is_pair(batch) else batch
-    return some_samples(item, 0, 64) if num_samples(item) else item
+    if not num_samples(item): return item
+    entries = max(t[0].numel() for t in tensors_of(item))
+    return some_samples(item, 0, min(64, max(3, 2**24//max(1, entries))))
 
 @patch
 def _rule_of(self: CurvatureOperator, batch, out):
@@ -364,6 +368,7 @@ def _first_pass(self: CurvatureOperator, check):
         self.gradient = total/whole + first*self._shares[0]
         if check: self._second_pass(seen)
         self._merge(seen)
+        self._cut(seen)
         if check: self._check_product()
 
 @patch
@@ -406,11 +411,28 @@ def _sized_groups(self: CurvatureOperator, sizes):
             room = self.memory/16-nbytes
     return groups
 
+def _cut_batch(batch, pieces):
+    "A batch in pieces along its samples, whose rows in a tensor may be several; the batch if it cannot be cut"
+    sizes = [t.shape[0] if t.dim() else 0 for t in tensors_of(batch)]
+    n = min(sizes, default=0)
+    pieces = min(pieces, n)
+    if pieces < 2 or any(size % n for size in sizes): return [batch]
+    ends = [n*i//pieces for i in range(pieces+1)]
+    rows = lambda t, a, b: t[len(t)//n*a:len(t)//n*b] if isinstance(t, Tensor) else t
+    return [tree_map(lambda t, a=a, b=b: rows(t, a, b), batch) for a, b in zip(ends, ends[1:])]
+
 @patch
 def _joined(self: CurvatureOperator, start=0):
-    "Groups of batches as batches, from group number `start`"
-    batches = iter(self._batches(sum(self._groups[:start])))
-    for count in self._groups[start:]: yield joined_batch(list(islice(batches, count)))
+    "Groups of batches as batches, large ones in pieces, from piece number `start`"
+    group = 0
+    while group < len(self._groups) and start >= self._cuts.get(group, 1):
+        start -= self._cuts.get(group, 1)
+        group += 1
+    batches = iter(self._batches(sum(self._groups[:group])))
+    for number, count in enumerate(self._groups[group:], group):
+        batch = joined_batch(list(islice(batches, count)))
+        yield from _cut_batch(batch, self._cuts[number])[start:] if number in self._cuts else [batch]
+        start = 0
 
 # %% ../nbs/12_curvature.ipynb #e7f24741
 @patch
@@ -457,6 +479,38 @@ def _merge(self: CurvatureOperator, seen):
     if len(seen) == 1: return
     if self._rule == 'sum': self._norms, self._shares = [None]*len(self._groups), [1.]*len(self._groups)
     else: self._norms, self._shares = (_group_sums(values, self._groups) for values in (self._norms, self._shares))
+
+# %% ../nbs/12_curvature.ipynb #efa5602d
+@patch
+def _cut_norms(self: CurvatureOperator, batch, pieces):
+    "What the means of a batch's pieces divide by, 1 for sums; None if the batch cannot be cut"
+    parts = _cut_batch(batch, pieces)
+    if len(parts) == 1: return None
+    if self._rule is None: self._rule = self._rule_of(batch, self._loss(self.theta, batch)[1])
+    for theta in (self.theta, shaken(self.theta)) if self._rule else ():
+        losses, norms = [], []
+        for part in parts:
+            loss, out = self._loss(theta, part)
+            losses.append(loss.double())
+            norms.append(1. if self._rule == 'sum' else self._norms_of(part, out)[self._rule])
+        if None in norms or not self._agrees(batch, losses, norms, theta): return None
+    return norms if self._rule else None
+
+@patch
+@torch.no_grad()
+def _cut(self: CurvatureOperator, seen):
+    "Cuts the groups that are too large; norms and shares follow"
+    sizes = _group_sums([s.nbytes for s in seen], self._groups)
+    if 8*max(sizes) <= self.memory: return
+    cuts, all_norms, shares = {}, [], []
+    for number, batch in enumerate(self._joined()):
+        norms = self._cut_norms(batch, math.ceil(8*sizes[number]/self.memory))
+        if norms: cuts[number] = len(norms)
+        whole = 1. if self._rule == 'sum' or not norms else sum(norms)
+        shares += [self._shares[number]*norm/whole for norm in norms or [1.]]
+        if norms and self._rule == 'sum': norms = [None]*len(norms)
+        all_norms += norms or [self._norms[number]]
+    self._cuts, self._norms, self._shares = cuts, all_norms, shares
 
 # %% ../nbs/12_curvature.ipynb #5345e68c
 _UNKEPT = {'linear': 'single', 'linear-batched': 'batched'}  # a program is worth its making only if it is kept
@@ -549,11 +603,16 @@ def _direction(self: CurvatureOperator, theta):
         if name in self._padding: part.reshape(shape)[self._padding[name]] = 0
     return v
 
+def _few_of(batch):
+    "The first samples of a batch, at most four, if it can be cut"
+    samples = min((len(t) if t.dim() else 0 for t in tensors_of(batch)), default=0)
+    return _cut_batch(batch, -(-samples//4))[0]
+
 @patch
 def _sampled(self: CurvatureOperator, dtype, few):
     "θ, the first batch or a few of its samples, and what else the loss depends on, in a dtype"
     batch = next(iter(self._batches(self._first_used)))
-    if few and num_samples(batch): batch = some_samples(batch, 0, 4)
+    if few: batch = _few_of(batch)
     if dtype == self.dtype: return self.theta, batch, {}
     others = {name: _cast(t, dtype) for name, t in self._state.items() if name not in self.names}
     loss_func = self.loss_func
@@ -572,6 +631,11 @@ class _Checked:
     adjoint: float  # relative difference of ⟨u, Dy v⟩ and ⟨Dyᵀu, v⟩
 
 @patch
+def _checked(self: CurvatureOperator, theta, batch, **where):
+    "What is differentiated, as far as it is checked"
+    return self._primal(theta, batch, **where)
+
+@patch
 def _try_product(self: CurvatureOperator, dtype, few):
     "A product and what it should be, in a dtype"
     theta, batch, where = self._sampled(dtype, few)
@@ -579,13 +643,13 @@ def _try_product(self: CurvatureOperator, dtype, few):
     v, step = self._direction(theta), eps**.5*size
     theta = theta.requires_grad_()
     with torch.enable_grad():
-        y = self._primal(theta, batch, **where)
+        y = self._checked(theta, batch, **where)
         product, u = self._along(y, theta, v), _wave(y.detach(), 1.)
         dual = graph_vjp(y, theta, u, False) if y.requires_grad else torch.zeros_like(v)
     def difference(step):
         with torch.enable_grad():
             moved = (theta.detach()+step*v).requires_grad_()
-            return (self._primal(moved, batch, graph=False, **where).detach()-y.detach())/step
+            return (self._checked(moved, batch, graph=False, **where).detach()-y.detach())/step
     noise = 10*eps*two_norm(y.detach()).item()/step
     return _Checked(product.detach(), difference, step, noise, _gap(u, product, dual, v))
 
@@ -841,8 +905,9 @@ def info(self: CurvatureOperator) -> dict:
     relative = rate/gradient if gradient and isinstance(rate, float) else None
     kept = dict(groups_kept=len(self._kept), bytes_kept=sum(nbytes for _, nbytes in self._kept))
     return dict(strategy=used, seconds_per_vector=dict(self._rates), seconds_per_gradient=gradient,
-                gradients_per_vector=relative, batches=sum(self._groups), groups=len(self._groups), **kept,
-                chunk_size=self.chunk_size, memory=self.memory)
+                gradients_per_vector=relative, batches=sum(self._groups), groups=len(self._groups),
+                pieces=len(self._shares),
+                **kept, chunk_size=self.chunk_size, memory=self.memory)
 
 @patch
 def __repr__(self: CurvatureOperator):

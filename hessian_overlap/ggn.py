@@ -5,11 +5,17 @@
 # %% ../nbs/13_ggn.ipynb #61e0f270
 from __future__ import annotations
 
+import math
+
 import torch
+from fastcore.basics import patch
+from fastcore.meta import delegates
 from torch import Tensor
 
-from .batches import SavedBytes, is_pair, with_reduction
+from .batches import SavedBytes, is_pair, num_samples, some_samples, tensors_of, with_reduction
 from .curvature import CurvatureOperator, graph_vjp, rowwise
+from .linop import two_norm
+from .synthmat import column_noise
 
 # %% auto #0
 __all__ = ['GGNLinearOperator', 'EFLinearOperator']
@@ -17,7 +23,7 @@ __all__ = ['GGNLinearOperator', 'EFLinearOperator']
 # %% ../nbs/13_ggn.ipynb #85e9e311
 def _jacobian(out, theta):
     "v -> J v and u -> Jᵀ u, one by one or batched, for the Jacobian J of out by theta"
-    u = torch.zeros_like(out, requires_grad=True)
+    u = out.new_zeros(()).expand(out.shape).requires_grad_()  # which takes no memory
     with torch.enable_grad(): w = torch.autograd.grad(out, theta, u, create_graph=True, materialize_grads=True)[0]
     return (lambda v, batched: graph_vjp(w, u, v, batched)), (lambda v, batched: graph_vjp(out, theta, v, batched))
 
@@ -35,6 +41,10 @@ class _Factored(CurvatureOperator):
     def _primal(self, theta, batch, graph=True, **where):
         "What is differentiated: the output"
         return self._loss(theta, batch, **where)[1]
+    def _checked(self, theta, batch, **where):
+        "At most about a million entries of it"
+        out = self._primal(theta, batch, **where).reshape(-1)
+        return out[::1+len(out)//2**20]
     def _along(self, out, theta, v):
         "Its derivative along v, by its graph"
         return _jacobian(out, theta)[0](v, False) if out.requires_grad else torch.zeros_like(out)
@@ -44,8 +54,8 @@ class _Factored(CurvatureOperator):
             out = self._primal(theta, batch)
             if not out.requires_grad: return torch.zeros_like, 0  # this batch does not depend on θ
             jv, jtu = _jacobian(out, theta)
-            middle = self._middle(out.detach().requires_grad_(), batch[1], norm)
-        nbytes = saved.nbytes
+            middle, held = self._middle(out.detach().requires_grad_(), batch[1], norm)
+        nbytes = saved.nbytes+held
         if strategy.startswith('linear'):
             output = lambda t, batch, others: torch.func.vjp(lambda t: self._loss(t, batch, others)[1], t)[0]
             jv, held = self._linearised('output', output, batch, out, strategy == 'linear-batched')
@@ -53,14 +63,113 @@ class _Factored(CurvatureOperator):
         product = lambda v, batched: jtu(middle(jv(v, batched), batched), batched)
         return rowwise(product, strategy.endswith('batched')), nbytes
 
-# %% ../nbs/13_ggn.ipynb #ec9a737a
+# %% ../nbs/13_ggn.ipynb #867fb7b4
+_MEANS = dict(softmax=torch.softmax, sigmoid=lambda f, dim: f.sigmoid(), identity=lambda f, dim: f)
+
+def _made_up(out, dim):
+    "Two outputs to try a loss at, the same in each row: a wave, and one above it, most of all in the first class"
+    wave = torch.arange(1, out.shape[dim]+1, device=out.device).mul(2.).cos().to(out.dtype)
+    above = wave+1
+    above[0] += math.log(len(wave))
+    shape = [-1 if d == dim else 1 for d in range(out.dim())]
+    return wave.reshape(shape), above.reshape(shape)
+
+def _weights(loss_func, out, y, name, dim):
+    "c, if the loss' gradient is c (mean(f) - t) at all outputs f, and mean(out); (None, None) if it is another one"
+    def gradient(f):
+        f = f.detach().expand(out.shape).requires_grad_()
+        with torch.enable_grad(): return torch.autograd.grad(loss_func(f, y), f, materialize_grads=True)[0]
+    part = (lambda t: t.narrow(dim, 0, 1)) if name == 'softmax' else (lambda t: t)
+    (a, b), mean = _made_up(out, dim), lambda f: _MEANS[name](f.detach(), dim)
+    try: at_a, change = gradient(a), gradient(b)
+    except torch.OutOfMemoryError: raise
+    except Exception: return None, None  # what a foreign loss raises at outputs that a model never has
+    c = (part(change)-part(at_a))/(part(mean(b))-part(mean(a)))
+    del change
+    size, rest = torch.linalg.vector_norm(at_a, math.inf), gradient(out)-at_a
+    del at_a
+    mu = mean(out)
+    rest.addcmul_(c, mu, value=-1).addcmul_(c, mean(a))
+    is_so = torch.linalg.vector_norm(rest, math.inf) <= 1e3*torch.finfo(out.dtype).eps*size
+    return (c, mu) if is_so else (None, None)
+
+# %% ../nbs/13_ggn.ipynb #6050e866
+def _softmax_middle(c, p, dim):
+    "z -> c (p∘z - p⟨p, z⟩), along a dimension of p"
+    def middle(z, batched):
+        product = p*z
+        inner = product.sum(dim+batched, keepdim=True)
+        return product.addcmul_(p, inner, value=-1).mul_(c)
+    return middle
+
+# %% ../nbs/13_ggn.ipynb #7535272d
+def _by_backward(loss_func, out, y):
+    "The product with the loss' second derivative by the outputs, by a second backward pass, and its bytes"
+    out = out.detach().requires_grad_()
+    with torch.enable_grad(), SavedBytes() as saved:
+        g = torch.autograd.grad(loss_func(out, y), out, create_graph=True, materialize_grads=True)[0]
+    if not g.requires_grad: return (lambda z, batched: torch.zeros_like(z)), 0
+    return (lambda z, batched: graph_vjp(g, out, z, batched)), saved.nbytes
+
 class GGNLinearOperator(_Factored):
     "The generalised Gauss-Newton matrix (1/N) Σᵢ Jᵢᵀ ∇²ℓᵢ Jᵢ of the loss of a model over data (Schraudolph 2002)"
-    def _middle(self, out, y, norm):
-        g = torch.autograd.grad(self.loss_func(out, y), out, create_graph=True, materialize_grads=True)[0]
-        if not g.requires_grad: return lambda z, batched: torch.zeros_like(z)
-        return lambda z, batched: graph_vjp(g, out, z, batched)
+    @delegates(CurvatureOperator.__init__)
+    def __init__(self,
+        model,  # as in HessianLinearOperator, as are the other arguments
+        loss_func,  # loss_func(model(x), y) -> scalar
+        params,  # list, dict, pattern(s), function or None
+        data,  # batches (x, y)
+        *,
+        mc_samples: int = 0,  # labels drawn for each sample, in place of the loss' second derivative; 0: that itself
+        seed: int | None = None,  # of the labels, at least 0; needed with mc_samples
+        **kwargs,
+    ):
+        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 0:
+            raise ValueError(f'mc_samples must be a whole number of at least 0, got {mc_samples!r}')
+        if mc_samples and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64):
+            raise ValueError(f'with mc_samples a seed is needed, a whole number from 0 to 2**64-1, got {seed!r}')
+        self.mc_samples, self.seed = mc_samples, seed
+        self._is_softmax = None  # whether the loss goes by softmax; None: not tried
+        self._way = None  # the likelihood, with mc_samples
+        self._first_rows, self._piece = {0: 0}, 0  # piece -> samples before it; the piece that comes next
+        super().__init__(model, loss_func, params, data, **kwargs)
 
+# %% ../nbs/13_ggn.ipynb #0fe4e780
+def _class_dims(out):
+    "The dimensions along which there may be classes: the last one, or the second"
+    if out.dim() < 2 or out.dtype not in (torch.float32, torch.float64): return []  # the check needs digits
+    return [dim for dim in dict.fromkeys((out.dim()-1, 1)) if out.shape[dim] > 1]
+
+@patch
+def _softmax_agrees(self: GGNLinearOperator, out, y, dim):
+    "Whether a product by softmax is that of a second backward pass, with some of the samples if there are many"
+    few = max(1, 2**22//out[0].numel())
+    if num_samples((out, y)): out, y = some_samples((out, y), 0, few)
+    c, p = _weights(self.loss_func, out, y, 'softmax', dim)
+    if c is None: return False
+    z = out.detach()+_made_up(out, dim)[0]
+    plain = _by_backward(self.loss_func, out, y)[0](z, False)
+    return bool(two_norm(_softmax_middle(c, p, dim)(z, False)-plain) <= self._close*two_norm(plain))
+
+@patch
+def _by_softmax(self: GGNLinearOperator, out, y):
+    "The product with B of a loss that goes by softmax, and its bytes; None if it does not"
+    for dim in _class_dims(out):
+        c, p = _weights(self.loss_func, out, y, 'softmax', dim)
+        if c is None: continue
+        middle = _softmax_middle(c, p, dim)
+        if self._is_softmax is None: self._is_softmax = self._softmax_agrees(out, y, dim)
+        return (middle, p.nbytes) if self._is_softmax else None
+    self._is_softmax = False
+
+@patch
+def _middle(self: GGNLinearOperator, out, y, norm):
+    "The product with B, and its bytes"
+    if self.mc_samples: return self._sampled_middle(out, y)
+    softmax = self._by_softmax(out, y) if self._is_softmax is not False else None
+    return softmax or _by_backward(self.loss_func, out, y)
+
+# %% ../nbs/13_ggn.ipynb #ec9a737a
 class EFLinearOperator(_Factored):
     "The empirical Fisher (1/N) Σᵢ gᵢ gᵢᵀ of the gradients gᵢ of the samples' losses"
     needs_rule = True  # the gradient of a batch does not say how many samples it is the mean of
@@ -70,10 +179,102 @@ class EFLinearOperator(_Factored):
         def middle(z, batched):
             dims = tuple(d+batched for d in rest)
             return samples*r*((r*z).sum(dims, keepdim=True) if dims else r*z)
-        return middle
+        return middle, r.nbytes
     def _samples(self, out, y, norm):
         "The number of samples that a batch's mean is over; 1 for a sum"
         if norm is None: return 1.
         if self._rule != 'ratio': return norm
         with torch.no_grad(): terms = with_reduction(self.loss_func, 'none')(out, y).numel()
         return norm*len(out)/terms  # a mean over the entries of an output divides by them, too
+
+# %% ../nbs/13_ggn.ipynb #89dc8f29
+@patch
+def _likelihood(self: GGNLinearOperator, out, y):
+    "Name and dimension of the likelihood, weights c and mean"
+    ways = [('softmax', dim) for dim in _class_dims(out)]
+    if out.dtype in (torch.float32, torch.float64): ways += [('sigmoid', out.dim()-1), ('identity', out.dim()-1)]
+    for way in [self._way] if self._way else ways:
+        c, mean = _weights(self.loss_func, out, y, *way)
+        if c is None or c.min() < -1e3*torch.finfo(out.dtype).eps*c.max(): continue
+        if not self._way and not c.max() > 0: continue  # a batch that ignores all its targets says nothing
+        self._way = way
+        return *way, c.clamp_min(0), mean
+    raise NotImplementedError('mc_samples needs a loss whose labels can be drawn: cross-entropy, binary cross-entropy '
+                              'with logits or squared error, of outputs in float32 or float64')
+
+@patch
+def _check(self: GGNLinearOperator, batch, out):
+    _Factored._check(self, batch, out)
+    if self.mc_samples: self._likelihood(out.detach(), batch[1])
+
+# %% ../nbs/13_ggn.ipynb #ddbf86d9
+@patch
+def _joined(self: GGNLinearOperator, start=0):
+    "As for all operators; counts samples as they pass"
+    for piece, batch in enumerate(CurvatureOperator._joined(self, start), start):
+        samples = min((len(t) if t.dim() else 1 for t in tensors_of(batch)), default=1)
+        self._piece, self._first_rows[piece+1] = piece, self._first_rows[piece]+samples
+        yield batch
+
+@patch
+def _noise(self: GGNLinearOperator, out, each):
+    "(rows, each, M) normal numbers for the piece that is being multiplied"
+    first, then = (self._first_rows[self._piece+i] for i in (0, 1))
+    first = first*len(out)//(then-first)  # a sample may be several rows
+    columns = range(first, first+len(out))
+    noise = column_noise(each*self.mc_samples, columns, seed=self.seed, kind='gauss', device=out.device)
+    return noise.T.reshape(len(out), each, self.mc_samples)
+
+# %% ../nbs/13_ggn.ipynb #d2327bfe
+def _drawn(p, noise):
+    "Classes (rows, L, M) of probabilities p (rows, L, classes) at normal numbers (rows, L, M)"
+    def draw(p, u):
+        total = p.double().cumsum(-1)
+        return torch.searchsorted(total, (u*total[..., -1:]).contiguous(), right=True).clamp_(max=p.shape[-1]-1)
+    few = max(1, 2**22//p[0].numel())
+    return torch.cat([draw(*rows) for rows in zip(p.split(few), torch.special.ndtr(noise).split(few))])
+
+def _classes_middle(p, root, drawn):
+    "z -> mean over m of ⟨g, z⟩ g, with g the gradient at drawn classes; root (rows, L) is √c"
+    def middle(z):  # (columns, rows, L, classes)
+        classes = drawn.expand(len(z), *drawn.shape)
+        along = (p*z).sum(-1, keepdim=True)-z.gather(-1, classes)
+        factor = (along*root[..., None]).sum(2, keepdim=True)*root[..., None]/drawn.shape[-1]
+        return (p*factor.sum(-1, keepdim=True)).scatter_add_(-1, classes, -factor)
+    return middle
+
+def _entries_middle(f, h, name, noise):
+    "The same for labels that are signs or normal numbers; h (rows, L) is their second derivative, noise (rows, L, M)"
+    if name == 'sigmoid':
+        f = f.double()[..., None]/2
+        is_one = torch.special.ndtr(noise) < (2*f).sigmoid()
+        noise = torch.where(is_one, -(-f).clamp(max=40).exp(), f.clamp(max=40).exp())  # its variance is one
+    roots = (h.double().sqrt()[..., None]*noise).to(h.dtype)
+    def middle(z):  # (columns, rows, L)
+        along = torch.einsum('rlm,krl->krm', roots, z)
+        return torch.einsum('krm,rlm->krl', along, roots)/roots.shape[-1]
+    return middle
+
+# %% ../nbs/13_ggn.ipynb #ff6e99a8
+@patch
+def _sampled_middle(self: GGNLinearOperator, out, y):
+    "The product with what stands for B, and its bytes"
+    out = out.detach()
+    name, dim, c, mean = self._likelihood(out, y)
+    is_softmax = name == 'softmax'
+    last = (lambda t, d: t.movedim(d, -1)) if is_softmax else (lambda t, d: t)
+    flat = (len(out), -1, out.shape[dim]) if is_softmax else (len(out), -1)
+    if is_softmax:
+        p = last(mean, dim).reshape(flat)
+        drawn = _drawn(p, self._noise(out, p.shape[1]))
+        middle, held = _classes_middle(p, c.sqrt().reshape(len(out), -1), drawn), p.nbytes+drawn.nbytes
+    else:
+        h = _by_backward(self.loss_func, out, y)[0](torch.ones_like(out), False).clamp_min(0).reshape(flat)
+        middle = _entries_middle(out.reshape(flat), h, name, self._noise(out, h.shape[1]))
+        held = h.nbytes*self.mc_samples
+    def product(z, batched):
+        rows = last(z if batched else z[None], dim+1)
+        found = middle(rows.reshape(len(rows), *flat)).reshape(rows.shape)
+        found = found.movedim(-1, dim+1) if is_softmax else found
+        return found if batched else found[0]
+    return product, held
