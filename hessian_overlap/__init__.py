@@ -37,7 +37,7 @@ _LATER = dict(
     experiment=('run_overlap', 'overlap_record', 'run_checkpoints'),
     plots=('plot_overlap_over_training', 'plot_overlap_curve', 'plot_spectrum', 'plot_overlap_table', 'plot_layers',
            'plot_runs', 'plot_crystallisation', 'plot_metrics', 'plot_interval', 'plot_density'),
-    crystal=('Crystallisation', 'crystallisation', 'crystallise'),
+    crystal=('crystallisation', 'crystallise', 'save_maps', 'load_maps'),
     explore=('explore_overlap',),
     explore_crystal=('explore_crystallisation',),
     explore_sketches=('explore_sketch',))

@@ -142,7 +142,7 @@ def _from_file(file, func, seed, **kw):
     made = found[func](**{k: v for k, v in (kw | dict(seed=seed)).items() if k in takes})
     return Given(*made) if isinstance(made, tuple) else made
 
-# %% ../nbs/43_experiment.ipynb #fc15649b
+# %% ../nbs/43_experiment.ipynb #e47911ff
 def _work(settings, problem_of, problems, snapshots, *, out, orders, executor, overwrite, progress, echo):
     "A record from settings, in a folder"
     with TemporaryDirectory() if out is None else nullcontext(out) as folder:
@@ -155,12 +155,15 @@ def _work(settings, problem_of, problems, snapshots, *, out, orders, executor, o
 
 def _measure(run, problems, executor, progress, echo):
     "All parts, with a bar and the lines of the table as they are ready"
-    s, done, tasks = run.settings, len(run.all_tasks())-len(run.tasks()), run.all_tasks()
+    s, tasks, products = run.settings, run.all_tasks(), []
+    done = len(tasks)-len(run.tasks())
     if done: echo(f'resuming {run.path}: {done} of {len(tasks)} parts are there')
     echo(table_header(from_settings(s['method']).mask_sizes, s['splits']))
     with tqdm(total=len(tasks), desc='Hessians', unit='Hessian', disable=not progress) as bar:
         def ready(part):
+            products.append(part.matvecs.item())
             bar.set_description(f'step {part.step.item()} {part.split.item()}', refresh=False)
+            bar.set_postfix_str(f'{sum(products)} matvecs', refresh=False)
             bar.update()
             echo(table_row(part, s['splits']))
         run.measure(problems, executor, progress and sys.stderr.isatty(), ready)

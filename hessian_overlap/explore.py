@@ -391,7 +391,8 @@ def limits(self: OverlapExplorer):
     x = ds['k' if tied else 'size'].values
     over_x = dict(xscale=scale(x), xlim=(x[0]*.9, x[-1]*1.1) if scale(x) == 'log' else (0, 1.02*x[-1]),
                   xlabel='mask size k = rank' if tied else 'mask size m')
-    top = np.nanmax([v.max() for d in (ds, self.against[0]) if d is not None for v in (d.overlap, d.high)])
+    seen = [d.isel(k=d.k.values <= ds.k.values[-1]) for d in (ds, self.against[0]) if d is not None]
+    top = np.nanmax(np.concatenate([v.values.ravel() for d in seen for v in (d.overlap, d.high)]))
     high = 1.36*top or 1 if tied else 1.02  # with room for the legend
     left.set(ylim=(0, high), **over_x)
     if ds.step.size > 1:

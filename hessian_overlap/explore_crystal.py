@@ -11,9 +11,10 @@ from pathlib import Path
 
 import ipywidgets as W
 import numpy as np
+import xarray as xr
 from fastcore.basics import patch
 
-from .crystal import Crystallisation, crystallise
+from .crystal import MAPS, crystallise, load_maps
 from .explore import Explorer, control, line
 from .plots import FRAME, LOOKS, plain
 from .runs import Run
@@ -24,16 +25,16 @@ class CrystalExplorer(Explorer):
     "Widgets over all pairs of steps: `.size` `.a` `.b` `.split` drive `.image` and `.label`"
     kind = 'crystallisation'
     def __init__(self,
-        maps: Crystallisation,  # what to show
-        source: str = 'c',  # Python that gives it, for the exported code
+        maps: xr.Dataset,  # of crystallisation
+        source: str = 'maps',  # Python that gives it, for the exported code
     ):
         slide = lambda name, tip: control(W.SelectionSlider, name, tip, options=[0])
         self.size = slide('size k', 'Size of the masks and dimension of the eigenspaces')
         self.a = slide('first step', 'One of the two training steps')
         self.b = slide('second step', 'The other training step')
         self.split = control(W.Dropdown, 'Hessian of', 'Whose samples define the loss and its Hessian')
-        self.file = control(W.Text, 'open a file', 'A file of maps; press Enter', placeholder='crystallization.json',
-                            continuous_update=False)
+        text = dict(placeholder=MAPS, continuous_update=False)
+        self.file = control(W.Text, 'open a file', 'A file of maps; press Enter', **text)
         self.begin([self.size, self.split, self.a, self.b, self.file], 3.7)
         self.watch(self.draw, self.size, self.split, self.a, self.b)
         self.watch(self.open, self.file)
@@ -45,14 +46,16 @@ class CrystalExplorer(Explorer):
 # %% ../nbs/52_explore_crystal.ipynb #ba9e4f46
 @patch
 def show(self: CrystalExplorer,
-    maps: Crystallisation,  # other ones
-    source: str = 'c',  # Python that gives them
+    maps: xr.Dataset,  # other ones; what they lack is not shown
+    source: str = 'maps',  # Python that gives them
 ):
     "Show these maps; the controls are set anew"
-    self.maps, self.source, self.quiet = maps, source, True
-    self.size.options, self.split.options = maps.sizes, list(maps.spaces)
-    self.a.options = self.b.options = maps.steps
-    self.size.value, self.split.value, self.b.value = maps.sizes[-1], [*maps.spaces][-1], maps.steps[-1]
+    known = dict(masks=np.nan*maps.spaces.isel(split=0), angles=np.nan*maps.spaces.expand_dims(angle=[1], axis=-1))
+    self.maps = maps.assign({name: v for name, v in known.items() if name not in maps})
+    self.source, self.quiet = source, True
+    for c, d, at in ((self.size, 'k', -1), (self.split, 'split', -1), (self.a, 'step', 0), (self.b, 'other', -1)):
+        c.options = maps[d].values.tolist()
+        c.value = c.options[at]
     self.remake()
     self.stage()
     self.quiet = False
@@ -61,7 +64,7 @@ def show(self: CrystalExplorer,
 @patch
 def open(self: CrystalExplorer):
     "Show the maps in the file that `.file` says; if it cannot be read, what was shown stays"
-    if self.file.value: self.show(Crystallisation.load(self.file.value), f'Crystallisation.load({self.file.value!r})')
+    if self.file.value: self.show(load_maps(self.file.value), f'load_maps({self.file.value!r})')
 
 # %% ../nbs/52_explore_crystal.ipynb #cd7d17ea
 def step_map(ax, steps):
@@ -78,10 +81,10 @@ def step_map(ax, steps):
 @patch
 def setup(self: CrystalExplorer):
     "Make the artists"
-    c, ax = self.maps, self.fig.subplots(1, 3, width_ratios=(1, 1, 1.1))
+    ax = self.fig.subplots(1, 3, width_ratios=(1, 1, 1.1))
     self.fig.subplots_adjust(left=.06, right=.985, bottom=.16, top=.88, wspace=.28)
     self.titles = [a.text(.5, 1.03, '', transform=a.transAxes, ha='center', fontsize=9) for a in ax]
-    self.pair = [step_map(a, c.steps) for a in ax[:2]]
+    self.pair = [step_map(a, self.maps.step.values) for a in ax[:2]]
     self.cos = line(ax[2], **LOOKS['magnitude'])
     self.mean = ax[2].axhline(0, color=LOOKS['test']['color'], ls='--', lw=1.6, label='overlap, their mean')
     self.level = ax[2].axhline(0, color='0.15', ls=':', lw=1.6, label='chance k/n')
@@ -89,78 +92,73 @@ def setup(self: CrystalExplorer):
     ax[2].set(ylim=(0, 1.03), ylabel='cos² of the angle')
     ax[2].legend(loc='upper right')
     note = lambda a, said: a.text(.5, .5, said, transform=a.transAxes, ha='center', va='center', fontsize=9)
-    if c.masks is None: note(ax[0], 'This file holds no masks.')
-    if not c.angles: note(ax[2], 'This file holds no angles;\nonly their mean is known.')
+    if self.maps.masks.isnull().all(): note(ax[0], 'This file holds no masks.')
+    if self.maps.angles.isnull().all(): note(ax[2], 'This file holds no angles;\nonly their mean is known.')
 
 # %% ../nbs/52_explore_crystal.ipynb #216d39ac
 @patch
-def state(self: CrystalExplorer) -> dict:  # i, j, masks, space, iou, overlap, chance, cos2; NaN where it is not known
+def state(self: CrystalExplorer) -> tuple:  # (maps at one size, what they say of the pair, cos² of its angles)
     "The numbers behind the figure, at the positions of the controls"
-    c, split = self.maps, self.split.value
-    q, i, j = c.sizes.index(self.size.value), c.steps.index(self.a.value), c.steps.index(self.b.value)
-    space = c.spaces[split][q]
-    masks = np.full_like(space, np.nan) if c.masks is None else c.masks[q]
-    cos2 = np.cos(np.asarray(c.angles[split][q][i, j], float))**2 if c.angles else np.full(c.sizes[q], np.nan)
-    return dict(i=i, j=j, masks=masks, space=space, iou=masks[i, j], overlap=space[i, j], chance=c.sizes[q]/c.n,
-                cos2=cos2)
+    maps = self.maps.sel(k=self.size.value, split=self.split.value)
+    pair = maps.sel(step=self.a.value, other=self.b.value)
+    return maps, pair, np.cos(pair.angles.values[:self.size.value], dtype=float)**2
 
 # %% ../nbs/52_explore_crystal.ipynb #1d949aea
 @patch
 def draw(self: CrystalExplorer):
     "Move the artists to the state of the controls, render them into `.image`, and say the numbers in `.label`"
-    s, k, split, a, b = self.state(), self.size.value, self.split.value, self.a.value, self.b.value
-    for M, (im, texts, dots) in zip((s['masks'], s['space']), self.pair):
+    (maps, pair, cos2), k, split, a, b = self.state(), self.size.value, self.split.value, self.a.value, self.b.value
+    chance, at = k/self.maps.n, [self.a.index, self.b.index]
+    for M, (im, texts, dots) in zip((maps.masks.values, maps.spaces.values), self.pair):
         im.set_data(M)
         for t, v in zip(texts, M.ravel()):
-            t.set_text('' if np.isnan(v) else '1' if v > .995 else f'{v:.2f}'[1:])
-            t.set_color('0' if v > .45 else '1')
-        for d, (x, y) in zip(dots, ((s['i'], s['j']), (s['j'], s['i']))): d.set_data([x], [y])
-    self.cos.set_data(np.arange(1, k + 1)/k, s['cos2'])
-    self.mean.set_ydata([s['overlap']]*2)
-    self.level.set_ydata([s['chance']]*2)
+            t.set(text='' if np.isnan(v) else '1' if v > .995 else f'{v:.2f}'[1:], color='0' if v > .45 else '1')
+        for d, (x, y) in zip(dots, (at, at[::-1])): d.set_data([x], [y])
+    self.cos.set_data(np.arange(1, len(cos2) + 1)/k, cos2)
+    self.mean.set_ydata([pair.spaces]*2)
+    self.level.set_ydata([chance]*2)
     said = f'masks of {k}: intersection over union', f'top-{k} eigenspaces, {split}: overlap', f'steps {a} and {b}'
     for t, text in zip(self.titles, said): t.set_text(plain(text))
     self.render()
-    mask = '' if np.isnan(s['iou']) else f"; <b>masks {s['iou']:.3f}</b> by intersection over union"
-    half = f"; {int((s['cos2'] > .5).sum())} of {k} angles are below 45°" if self.maps.angles else ''
-    said = f"steps {a} and {b}, k = {k}: <b>eigenspace overlap {s['overlap']:.4f}</b> ({html.escape(split)} Hessian), "
-    said += f"chance {s['chance']:.4f}{mask}{half}"
-    self.label.value = f'<div role="status" aria-live="polite">{said}</div>'
+    said = [f'steps {a} and {b}, k = {k}: <b>eigenspace overlap {pair.spaces:.4f}</b> ({html.escape(split)} Hessian), '
+            f'chance {chance:.4f}']
+    if np.isfinite(pair.masks): said.append(f'<b>masks {pair.masks:.3f}</b> by intersection over union')
+    if np.isfinite(cos2).all(): said.append(f'{(cos2 > .5).sum()} of {k} angles are below 45°')
+    self.label.value = f'<div role="status" aria-live="polite">{"; ".join(said)}</div>'
 
 # %% ../nbs/52_explore_crystal.ipynb #77d63222
 @patch
 def numbers(self: CrystalExplorer):
     "(panel, series, xs, ys) for each row of the maps, and the angles"
-    steps, s = self.maps.steps, self.state()
-    for panel, M in (('masks, intersection over union', s['masks']), ('eigenspace overlap', s['space'])):
-        for step, row in zip(steps, M): yield panel, f'step {step}', steps, row
-    panel = f'steps {self.a.value} and {self.b.value}'
-    yield panel, 'cos² of the principal angle', np.arange(1, self.size.value + 1), s['cos2']
+    maps, _, cos2 = self.state()
+    for panel, M in (('masks, intersection over union', maps.masks), ('eigenspace overlap', maps.spaces)):
+        for row in M: yield panel, f'step {row.step.item()}', row.other, row
+    yield f'steps {self.a.value} and {self.b.value}', 'cos² of the principal angle', np.arange(1, len(cos2) + 1), cos2
 
 @patch
 def code(self: CrystalExplorer) -> str:  # Python
     "The lines that draw the map of eigenspaces"
-    need = [o for o in ('Crystallisation', 'crystallise') if self.source.startswith(o)] + ['plot_crystallisation']
-    M = f'c.spaces[{self.split.value!r}][{self.maps.sizes.index(self.size.value)}]'
-    draw = f'plot_crystallisation({M}, c.steps, point=({self.a.value}, {self.b.value}))'
+    need = [o for o in ('load_maps', 'crystallise') if self.source.startswith(o)] + ['plot_crystallisation']
+    M = f'c.spaces.sel(split={self.split.value!r}, k={self.size.value})'
+    draw = f'plot_crystallisation({M}, c.step, point=({self.a.value}, {self.b.value}))'
     return f"from hessian_overlap import {', '.join(need)}\nc = {self.source}\n{draw}"
 
 # %% ../nbs/52_explore_crystal.ipynb #269277d0
 def explore_crystallisation(
-    source,  # a Crystallisation, its file, a TrainingRun, or a run or its folder
-    sizes=None,  # of a run: mask sizes and ranks, ascending; None: the file crystallization.json in its folder
+    source,  # maps, their file, a TrainingRun, or a run or its folder
+    sizes=None,  # of a run: mask sizes and ranks, ascending; None: the maps in its folder
     problem=None,  # of a run: what was trained; None: made from the folder
     **kw,  # of a run: seed, and what else crystallise takes
 ) -> CrystalExplorer:  # shows itself in a notebook
     "An explorer over all pairs of steps; from a run, its eigenspaces are found first"
-    if isinstance(source, Crystallisation): return CrystalExplorer(source)
+    if isinstance(source, xr.Dataset): return CrystalExplorer(source)
     is_run, path = isinstance(source, (Run, TrainingRun)), Path(source) if isinstance(source, (str, Path)) else None
     if path is None and not is_run: raise TypeError(
-        f'expected a Crystallisation, its file, a run folder or a TrainingRun, got {type(source).__name__}')
+        f'expected maps, their file, a run folder or a TrainingRun, got {type(source).__name__}')
     if sizes is None:
-        if path and (path/'crystallization.json').is_file(): path /= 'crystallization.json'
+        if path and (path/MAPS).is_file(): path /= MAPS
         if is_run or path.is_dir(): raise ValueError('a run needs sizes, such as sizes=[35, 70], and a seed')
-        return CrystalExplorer(Crystallisation.load(path), f'Crystallisation.load({str(path)!r})')
+        return CrystalExplorer(load_maps(path), f'load_maps({str(path)!r})')
     said = ', '.join(f'{k}={v!r}' for k, v in kw.items() if isinstance(v, (int, float, str, tuple, list)))
     what, of = (repr(str(path)), '') if path else ('run', ', problem')
     sizes = [int(k) for k in sizes]

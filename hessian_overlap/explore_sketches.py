@@ -89,9 +89,7 @@ class SketchExplorer(Explorer):
 
     def close(self):
         "Cancel what is going on, and free the widgets and the figure"
-        if self.__dict__:
-            self.stop()
-            if self.thread: self.thread.join()
+        if self.__dict__ and self.thread: self.stop().join()
         super().close()
 
 # %% ../nbs/53_explore_sketches.ipynb #0e6a714b
@@ -112,7 +110,7 @@ def _controls(self: SketchExplorer):
     self.begin([self.method, self.outer, self.tol, self.seed, buttons, self.bar], 3.7)
     self.start.on_click(lambda _: self.guard(self.run))
     self.cancel.on_click(lambda _: self.stop())
-    self.clear.on_click(lambda _: self.guard(self.forget))
+    self.clear.on_click(lambda _: self.runs.clear() or self.guard(self.draw))
     self.watch(self._fit, self.method)
     self._fit()
 
@@ -120,8 +118,7 @@ def _controls(self: SketchExplorer):
 @patch
 def _fit(self: SketchExplorer):
     "A size for sketches, a tolerance for eigsh"
-    self.tol.disabled = self.method.value != 'eigsh'
-    self.outer.disabled = not self.tol.disabled
+    self.tol.disabled, self.outer.disabled = self.method.value != 'eigsh', self.method.value == 'eigsh'
 
 # %% ../nbs/53_explore_sketches.ipynb #79bc3225
 @patch
@@ -145,17 +142,12 @@ def run(self: SketchExplorer,
     if wait: self.thread.join()
 
 @patch
-def stop(self: SketchExplorer):
+def stop(self: SketchExplorer) -> threading.Thread | None:  # in which it ends
     "Cancel the run that is going on; nothing of it is kept"
-    if self.thread and self.thread.is_alive(): self.watched.stop.set()
+    if self.thread: self.watched.stop.set()
+    return self.thread
 
 # %% ../nbs/53_explore_sketches.ipynb #85387771
-@patch
-def forget(self: SketchExplorer):
-    "Forget all runs"
-    self.runs.clear()
-    self.draw()
-
 @patch
 def _work(self: SketchExplorer, ask):
     try:

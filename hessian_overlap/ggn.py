@@ -15,7 +15,7 @@ from torch import Tensor
 from .batches import SavedBytes, is_pair, num_samples, some_samples, tensors_of, with_reduction
 from .curvature import CurvatureOperator, graph_vjp, rowwise
 from .linop import two_norm
-from .synthmat import column_noise
+from .noise import column_noise
 
 # %% auto #0
 __all__ = ['GGNLinearOperator', 'EFLinearOperator']

@@ -10,7 +10,7 @@ from made import made_up
 
 from hessian_overlap import app
 from hessian_overlap.cli import main
-from hessian_overlap.crystal import crystallisation
+from hessian_overlap.crystal import MAPS, crystallisation, save_maps
 from hessian_overlap.record import save_record
 
 
@@ -63,9 +63,9 @@ def test_the_notebook_is_a_notebook(run, tmp_path):
 
 def test_maps_that_are_damaged(tmp_path, capfd):
     folder = save_record(made_up(k=4), tmp_path / 'run').parent
-    (folder / 'crystallization.json').write_text('{}')
+    (folder / MAPS).write_text('{}')
     assert main(['explore', str(folder)]) == 2
-    assert 'is not a file of crystallisation maps' in capfd.readouterr().err
+    assert 'damaged' in capfd.readouterr().err
 
 
 def test_the_name_of_the_folder_is_no_html_and_no_formula(tmp_path):
@@ -102,8 +102,8 @@ def test_both_explorers_in_the_browser(tmp_path, open_app):
     maps = crystallisation(
         torch.randn(4, 30, generator=g), dict(train=U, test=U[::-1]), [0, 1, 2, 5], [3, 6], 'made up'
     )
-    maps.save(folder / 'crystallization.json')
-    with open_app(app.checked(folder), 'voila') as e:
+    save_maps(maps, folder / MAPS)
+    with open_app(app.app_notebook(folder), 'voila') as e:
         e.page.wait_for_function("document.querySelectorAll('.jupyter-widgets img').length == 2")
         assert e.page.locator('h1').first.inner_text().strip('¶ ') == '<b>with $maps$'
         assert not e.page.locator('text=explore_overlap(').count(), 'the code shows'
@@ -124,7 +124,7 @@ def test_both_explorers_in_the_browser(tmp_path, open_app):
         e.press('PDF')
         name, data = e.download()
         assert name == 'crystallisation_made-up_k3_step1_step2_train.pdf' and data.startswith(b'%PDF')
-        e.fill('open a file', 'nowhere.json')
-        e.said('alert', 'nowhere.json is not there')
+        e.fill('open a file', 'nowhere.zip')
+        e.said('alert', 'nowhere.zip is not there')
         e.number = 0
         assert e.settle() == first

@@ -22,7 +22,7 @@ from made import KS, made_up
 from PIL import Image
 
 from hessian_overlap import LinearOperator, SynthOperator, explore, make_problem, synth_eigvals
-from hessian_overlap.crystal import Crystallisation, crystallisation
+from hessian_overlap.crystal import MAPS, crystallisation, save_maps
 from hessian_overlap.experiment import run_overlap
 from hessian_overlap.explore import OverlapExplorer, explore_overlap
 from hessian_overlap.explore_crystal import explore_crystallisation
@@ -468,41 +468,43 @@ def maps():
 
 
 def test_crystallisation(maps, tmp_path):
-    e = explore_crystallisation(maps.save(tmp_path / 'c.json'))
+    e = explore_crystallisation(save_maps(maps, tmp_path / 'c.zip'))
     seen = {e.image.value}
     for name, value in [('size', 3), ('a', 2), ('b', 1), ('split', 'train')]:
         getattr(e, name).value = value
         assert e.image.value not in seen, name
         seen.add(e.image.value)
-    v = maps.spaces['train'][0][2, 1]
-    assert (
-        f'overlap {v:.4f}' in e.label.value
-        and f'masks {maps.masks[0][2, 1]:.3f}' in e.label.value
-        and not e.message.value
-    )
+    pair = maps.sel(split='train', k=3, step=2, other=1)
+    assert f'overlap {pair.spaces:.4f}' in e.label.value and f'masks {pair.masks:.3f}' in e.label.value
     for kind in ('png', 'pdf', 'csv'):
         e.buttons[kind].click()
-        assert f'.{kind}' in e.out.value
+        assert f'.{kind}' in e.out.value and not e.message.value
     exec(e.code(), {})
-    plt.close('all')
-    e.file.value = 'nowhere.json'
-    assert 'nowhere.json is not there' in e.message.value
-    (tmp_path / 'run').mkdir()
-    maps.save(tmp_path / 'run' / 'crystallization.json')
-    assert explore_crystallisation(tmp_path / 'run').maps.sizes == maps.sizes
-    less = Crystallisation(maps.problem, maps.n, maps.steps, maps.sizes, maps.spaces)
-    e = explore_crystallisation(less)
-    assert 'masks' not in e.label.value and not e.message.value
-    for bad in ('{', '{}', '{"steps": 3}', '[]'):
-        (tmp_path / 'bad.json').write_text(bad)
-        with pytest.raises(RecordError, match='not a file of crystallisation maps'):
-            explore_crystallisation(tmp_path / 'bad.json')
+    e.file.value = 'nowhere.zip'
+    assert 'nowhere.zip is not there' in e.message.value
+
+
+def test_maps_in_a_run_folder_damaged_and_less(maps, tmp_path):
+    save_maps(maps, tmp_path / MAPS)
+    assert explore_crystallisation(tmp_path).maps.identical(maps)
+    for less in (maps[['spaces']], maps.drop_vars('angles')):
+        e = explore_crystallisation(less)
+        e.size.value = 3
+        assert ('masks' in e.label.value) == ('masks' in less) and 'angles' not in e.label.value and not e.message.value
+        assert 'nan' not in e.label.value + e.csv()
+    raw = bytearray((tmp_path / MAPS).read_bytes())
+    raw[100] ^= 1
+    (tmp_path / MAPS).write_bytes(raw)
+    with pytest.raises(RecordError, match='damaged'):
+        explore_crystallisation(tmp_path)
+    (tmp_path / 'text').write_text('{}')
+    with pytest.raises(RecordError):
+        explore_crystallisation(tmp_path / 'text')
 
 
 def test_names_in_maps_are_no_html_and_no_formulas(maps):
     evil = '<img src=x>$a$'
-    c = Crystallisation(evil, maps.n, maps.steps, maps.sizes, {evil: maps.spaces['test']}, maps.masks)
-    e = explore_crystallisation(c)
+    e = explore_crystallisation(maps.assign_coords(split=['train', evil]).assign_attrs(problem=evil))
     e.buttons['png'].click()
     assert '<img' not in e.label.value + e.out.value and not e.message.value
 
@@ -512,7 +514,7 @@ def test_crystallisation_from_a_run_folder(tmp_path):
     small = dict(samples=100, num_random=0, seeds=[0], progress=False)
     run_overlap(p, Eigsh(k=4), steps=4, snapshots=[0, 4], out=tmp_path / 'run', **small)
     e = explore_crystallisation(tmp_path / 'run', [2, 4], samples=100, seed=0)
-    assert e.maps.steps == [0, 4] and 0 <= e.state()['overlap'] <= 1
+    assert e.maps.step.values.tolist() == [0, 4] and 0 <= e.state()[1].spaces <= 1
     with pytest.raises(RecordError, match='is not a run folder'):
         explore_crystallisation(tmp_path, [2], seed=0)
 
