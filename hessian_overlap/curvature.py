@@ -109,7 +109,7 @@ def _start(self: CurvatureOperator, model, params):
     self.model, (self.model_dtype, device) = model, _kind(named)
     n = sum(p.numel() for p in named.values())
     LinearOperator.__init__(self, (n, n), _at_least_single(self.model_dtype), device, symmetric=True)
-    self.memory = self.memory or default_memory(self.device)
+    if self.memory is None: self.memory = default_memory(self.device)
     self._check_settings()
     self.names = list(named)
     self.shapes = [p.shape for p in named.values()]

@@ -353,6 +353,9 @@ CASES = {  # function, arguments that are right (each made anew), and the kinds 
 }
 
 RIGHT = {  # a right result is given instead; and why
+    ('eigsh', 'tol', 0): 'to the rounding of a product',
+    ('eigsh, more', 'max_matvecs', 7): 'None is the default',
+    ('eigsh, more', 'max_basis', 7): 'None is the default',
     ('Mask', 'chosen', 1): 'any distinct indices are a mask, and there are k among them',
     ('Mask', 'chosen', 5): 'a list of indices',
     ('Mask', 'chosen', 6): 'an array of indices',
