@@ -1,11 +1,14 @@
-"""How long is a step of a slider, and how long does an explorer take to open?   python benchmarks/bench_slider.py [--steps 20] [--out JSON]
+"""How long is a step of a slider, and how long does an explorer take to open?
 
-A record of the shape that a run of ResNet-18 would leave (11,689,512 parameters in 62 tensors, k = 500, 11 steps x 2 splits, 10 random masks,
-tables; the numbers are drawn, the shape and the file are those of a real one) is opened in JupyterLab in a headless Chromium, and the slider of
-the mask size is moved by single key presses, each after the page has come to rest. Everything is timed inside the page by its own clock, without
-polling: from the key press, by way of what the page sends and receives, to the figure decoded, the words changed and the frame handed to the
-compositor. The kernel keeps its own times: of the drawing, of the encoding, and of opening the folder. Chromium has no GPU here and shares the
-cores with JupyterLab and the kernel; the load before is in the JSON.
+A record of the shape that a run of ResNet-18 would leave (11,689,512 parameters in 62 tensors, k = 500, 11 steps x 2
+splits, 10 random masks, tables; the numbers are drawn, the shape and the file are those of a real one) is opened in
+JupyterLab in a headless Chromium, and the slider of the mask size is moved by single key presses, each after the page
+has come to rest. Everything is timed inside the page by its own clock, without polling: from the key press, by way of
+what the page sends and receives, to the figure decoded, the words changed and the frame handed to the compositor. The
+kernel keeps its own times: of the drawing, of the encoding, and of opening the folder. Chromium has no GPU here and
+shares the cores with JupyterLab and the kernel; the load before is in the JSON.
+
+    python benchmarks/bench_slider.py [--steps 20] [--out JSON]
 """
 
 import argparse
@@ -108,25 +111,57 @@ e"""
 FIRST = """() => {
   window.opened = null; let start = null;
   document.addEventListener('keydown', e => { if (e.key === 'Enter') start = e.timeStamp; }, true);
-  const look = () => { const i = document.querySelector('.jp-OutputArea-output .jupyter-widgets img'); if (start !== null && i?.complete && i.naturalWidth) opened = performance.now() - start; else requestAnimationFrame(look); };
+  const look = () => {
+    const i = document.querySelector('.jp-OutputArea-output .jupyter-widgets img');
+    if (start !== null && i?.complete && i.naturalWidth) opened = performance.now() - start;
+    else requestAnimationFrame(look);
+  };
   look();
 }"""
 # the step that is going on, from the key to the frame
 WATCH = """() => {
-  const img = document.querySelector('.jp-OutputArea-output .jupyter-widgets img'), said = document.querySelector('.jp-OutputArea-output [role=status]');
-  const host = said.closest('.widget-html-content, .jupyter-widget-html-content'), now = () => performance.now();
-  let step = null; window.steps = []; const seen = new WeakSet();
+  const img = document.querySelector('.jp-OutputArea-output .jupyter-widgets img');
+  const said = document.querySelector('.jp-OutputArea-output [role=status]');
+  const host = said.closest('.widget-html-content, .jupyter-widget-html-content');
+  const now = () => performance.now();
+  const seen = new WeakSet();
+  let step = null;
+  window.steps = [];
   const done = async () => {
     if (!step || step.painting || !step.image || !step.words) return;
-    const mine = step; mine.painting = true; await img.decode().catch(() => {}); mine.decoded = now();
-    requestAnimationFrame(() => { const c = new MessageChannel(); c.port1.onmessage = () => { mine.painted = now(); steps.push(mine); if (step === mine) step = null; }; c.port2.postMessage(0); });
+    const mine = step;
+    mine.painting = true;
+    await img.decode().catch(() => {});
+    mine.decoded = now();
+    const painted = () => {
+      mine.painted = now();
+      steps.push(mine);
+      if (step === mine) step = null;
+    };
+    requestAnimationFrame(() => {
+      const c = new MessageChannel();
+      c.port1.onmessage = painted;
+      c.port2.postMessage(0);
+    });
   };
   document.addEventListener('keydown', e => { step = {key: e.timeStamp, messages: 0, bytes: 0}; }, true);
   img.addEventListener('load', () => { if (step) { step.image = now(); done(); } });
-  new MutationObserver(() => { if (step) { step.words = now(); done(); } }).observe(host, {childList: true, subtree: true, characterData: true});
+  const words = new MutationObserver(() => { if (step) { step.words = now(); done(); } });
+  words.observe(host, {childList: true, subtree: true, characterData: true});
+  const received = m => {
+    if (!step) return;
+    const t = now();
+    step.first ??= t;
+    if (!step.image) step.last = t;
+    step.messages += 1;
+    step.bytes += m.data.byteLength ?? m.data.size ?? m.data.length;
+  };
   const send = WebSocket.prototype.send;
   WebSocket.prototype.send = function(data) {
-    if (!seen.has(this)) { seen.add(this); this.addEventListener('message', m => { if (step) { const t = now(); step.first ??= t; if (!step.image) step.last = t; step.messages += 1; step.bytes += m.data.byteLength ?? m.data.size ?? m.data.length; } }); }
+    if (!seen.has(this)) {
+      seen.add(this);
+      this.addEventListener('message', received);
+    }
     if (step) step.sent ??= now();
     return send.call(this, data);
   };
@@ -164,7 +199,7 @@ def run_cell(lab, number):
 
 
 def drive(folder, artefacts, steps):
-    "Key presses in JupyterLab -> the steps as the page timed them, what the kernel says, and seconds from running the cell to the explorer"
+    "Key presses in JupyterLab -> steps by the clock of the page, what the kernel says, ms to the explorer, bytes"
     from lab_driver import open_notebook
 
     own = folder / 'kernel.json'
@@ -242,15 +277,17 @@ def main():
     )
     s, o = out['slider'], out['opening']
     print(
-        f'a step of the slider: median {s["median_ms"]} ms of {s["steps"]}, worst {s["worst_ms"]}; {s["kernel_draw_ms"]} of it the kernel draws ({s["of_it_processor_ms"]} of the processor); load {load[0]:.1f}'
+        f'a step of the slider: median {s["median_ms"]} ms of {s["steps"]}, worst {s["worst_ms"]}; '
+        f'{s["kernel_draw_ms"]} of it the kernel draws ({s["of_it_processor_ms"]} of the processor); load {load[0]:.1f}'
+    )
+    said = ', '.join(f'{k} {v}' for k, v in s['legs_ms'].items())
+    print(
+        f'  {said}; {s["messages"]:.0f} messages, {s["message_bytes"] / 1e3:.0f} kB, '
+        f'the figure {s["png_bytes"] / 1e3:.0f} kB'
     )
     print(
-        '  '
-        + ', '.join(f'{k} {v}' for k, v in s['legs_ms'].items())
-        + f'; {s["messages"]:.0f} messages, {s["message_bytes"] / 1e3:.0f} kB, the figure {s["png_bytes"] / 1e3:.0f} kB'
-    )
-    print(
-        f'the record ({size / 1e6:.1f} MB) opens in {o["explore_overlap_s"]} s, from running the cell to the explorer {o["cell_to_explorer_s"]} s'
+        f'the record ({size / 1e6:.1f} MB) opens in {o["explore_overlap_s"]} s, '
+        f'from running the cell to the explorer {o["cell_to_explorer_s"]} s'
     )
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(out, indent=1) + '\n')

@@ -224,7 +224,9 @@ def test_bad_input_gives_one_sentence(case, tmp_path, monkeypatch):
 
 def test_help_lists_every_option_with_dashes():
     code, out, err = call('run', '--help')
-    assert code == 0 and '--num-random' in out and '_' not in re.sub(r'OPTIMIZER_OF|OMP_NUM_THREADS|mnist_mini', '', out)
+    assert (
+        code == 0 and '--num-random' in out and '_' not in re.sub(r'OPTIMIZER_OF|OMP_NUM_THREADS|mnist_mini', '', out)
+    )
     code, out, err = call('--help')
     assert code == 0 and all(f.__name__ in out and f.__doc__.split()[0] in out for f in cli.COMMANDS)
     assert call('--version')[1].startswith('hessian-overlap ')
