@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 # %% auto #0
 __all__ = ['named_params', 'FunctionModel', 'as_module', 'refuse_random_modules', 'is_pair', 'call_model', 'BatchLoss',
            'places_of', 'replaced', 'tensors_of', 'to_device', 'num_samples', 'some_samples', 'joined_batch',
-           'stated_reduction', 'with_reduction', 'normaliser', 'shaken', 'find_rule', 'SavedBytes', 'default_memory']
+           'stated_reduction', 'with_reduction', 'shaken', 'normaliser', 'find_rule', 'SavedBytes', 'default_memory']
 
 # %% ../nbs/08_batches.ipynb #ae68adfe
 def _by_rule(known, rule):
@@ -197,16 +197,7 @@ def with_reduction(loss_func, reduction):
     other.reduction = reduction
     return other
 
-@torch.no_grad()
-def normaliser(loss_func, out, y):
-    "What a loss with `reduction='mean'` divides its sum by, as a float"
-    for shift in (0., 1.):  # where the mean is zero it does not tell, but it will elsewhere
-        at = tree_map(lambda t, by=shift: t+by if isinstance(t, Tensor) and t.is_floating_point() else t, out)
-        mean, total = loss_func(at, y).double(), with_reduction(loss_func, 'sum')(at, y).double()
-        if mean != 0 and torch.isfinite(total/mean): return (total/mean).item()
-    return math.nan
-
-# %% ../nbs/08_batches.ipynb #d01eea58
+# %% ../nbs/08_batches.ipynb #5aded652
 def shaken(batch, factor=False):
     "The same with a wave added to all floating-point tensors, or multiplied by one: nothing special is left of them"
     def wave(t):
@@ -217,6 +208,15 @@ def shaken(batch, factor=False):
         return t + w*torch.where(size > 0, size, 1.)
     return tree_map(wave, batch)
 
+@torch.no_grad()
+def normaliser(loss_func, out, y):
+    "What a loss with `reduction='mean'` divides its sum by, as a float; NaN where that cannot be told"
+    for at in (lambda: out, lambda: shaken(out), lambda: shaken(out, factor=True)):
+        mean, total = loss_func(at(), y).double(), with_reduction(loss_func, 'sum')(at(), y).double()
+        if mean != 0 and torch.isfinite(total/mean): return (total/mean).item()
+    return math.nan
+
+# %% ../nbs/08_batches.ipynb #d01eea58
 def _parts(batch, other, cuts):
     "A batch cut in two uneven parts, for each of the cuts; a single sample beside two of another one"
     n = num_samples(batch) or 0

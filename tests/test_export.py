@@ -1,7 +1,10 @@
 "The committed package, README and notebooks are what the tools make of the notebooks."
 
+import ast
 import configparser
 import filecmp
+import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -54,32 +57,38 @@ def test_one_configuration(root):
     assert hessian_overlap.__version__ == version
 
 
-def test_every_module_imports_only_lower_ones(root):
-    "The data flows one way: a module imports only modules of lower-numbered notebooks"
-    import ast
-    import json
-    import re
+def imported(node):
+    "The modules of this package that an import statement names, without the package"
+    if isinstance(node, ast.ImportFrom):
+        names = [f'hessian_overlap.{node.module}' if node.level else node.module]
+    else:
+        names = [a.name for a in node.names]
+    own = [name.split('.')[1] for name in names if name.startswith('hessian_overlap.')]
+    return [name for name in own if name != 'None']  # from . import __version__
 
+
+def numbers(root):
+    "Module -> the number of its notebook"
     number = {}
     for nb in (root / 'nbs').glob('[0-9]*.ipynb'):
         for c in json.loads(nb.read_text())['cells']:
             if m := re.search(r'^#\|\s*default_exp\s+(\w+)', ''.join(c['source']), re.M):
                 number[m[1]] = int(nb.name[:2])
+    return number
+
+
+def test_every_module_imports_only_lower_ones(root):
+    "The data flows one way, by plain imports at the top: of modules of lower-numbered notebooks"
+    number = numbers(root)
     assert number
     for name, n in number.items():
-        for node in ast.walk(ast.parse((root / 'hessian_overlap' / f'{name}.py').read_text())):
-            used = (
-                [node.module]
-                if isinstance(node, ast.ImportFrom) and not node.level
-                else [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [f'hessian_overlap.{node.module}']
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            for u in used:
-                m = re.fullmatch(r'hessian_overlap\.(\w+)', u or '')
-                assert not m or m[1] not in number or number[m[1]] < n, f'{name} ({n}) imports {m[1]} ({number[m[1]]})'
+        tree = ast.parse((root / 'hessian_overlap' / f'{name}.py').read_text())
+        assert 'import_module' not in ast.unparse(tree), f'{name} imports by import_module'
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                for used in imported(node):
+                    assert number[used] < n, f'{name} ({n}) imports {used} ({number[used]})'
+                    assert node in tree.body, f'{name} imports {used} inside a function'
 
 
 def test_wheel_from_sdist(scratch, tmp_path):

@@ -342,6 +342,18 @@ def test_networks_with_kinks_are_not_refused():
             HessianLinearOperator(model.to(dtype), nn.CrossEntropyLoss(), None, [(x, torch.arange(12) % 3)])
 
 
+def test_a_network_that_is_sure_of_its_samples_is_not_refused():
+    "Its curvature is the rounding of a softmax"
+    for size in (3.0, 10.0, 30.0, 100.0):
+        for dtype in (f64, torch.float32):
+            model = network(nn.Linear(6, 50), nn.Tanh(), nn.Linear(50, 3), dtype=dtype)
+            for p in model.parameters():
+                p.data *= size
+            x = normal(12, 6, dtype=dtype)
+            for Op in (*KINDS, EFLinearOperator):
+                Op(model, nn.CrossEntropyLoss(), None, [(x, model(x).argmax(1))])
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('Op', [*KINDS, EFLinearOperator])
 def test_half_precision_is_multiplied_in_its_own_dtype(Op, dtype):
