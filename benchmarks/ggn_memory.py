@@ -6,7 +6,7 @@ the model, what an operator keeps and the vectors too. `imported_gb` is what tor
 _single get one batch for each sequence, the others one batch of all. A process may allocate --limit_gb; one that needs
 more is reported as out of memory. Products are compared between the ways by ten thousand entries.
 
-    python benchmarks/ggn_memory.py [--problems toy large] [--ways ours curvlinops] [--limit_gb 10]
+    python benchmarks/ggn_memory.py [--problems toy toy_long toy_many] [--ways ours curvlinops] [--limit_gb 10]
 """
 
 # The parent process imports neither torch nor NumPy: on Linux a child's ru_maxrss starts at its parent's size.
@@ -26,7 +26,7 @@ from pathlib import Path
 PROBLEMS = dict(
     toy=dict(width=64, layers=2, sequences=16, length=128, columns=2),
     toy_long=dict(width=64, layers=2, sequences=1, length=2048, columns=1),
-    large=dict(width=768, layers=12, sequences=8, length=128, columns=1),
+    toy_many=dict(width=64, layers=2, sequences=32, length=128, columns=1),
 )
 WAYS = ['ours', 'ours_single', 'curvlinops', 'curvlinops_single']
 VOCABULARY = 50_000
