@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['overlap_record', 'Given', 'default_snapshots', 'digest', 'run_settings', 'problem_maker', 'run_overlap',
-           'read_checkpoint', 'load_checkpoint', 'run_checkpoints']
+           'run_checkpoints']
 
-# %% ../nbs/43_experiment.ipynb #e9dbdf9e
+# %% ../nbs/43_experiment.ipynb #6ca3b2c8
 import copy
 import hashlib
 import inspect
 import json
 import pickle
-import re
 import runpy
 import sys
 from collections.abc import Mapping
@@ -25,11 +24,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import __version__
 from .batches import tensors_of
+from .checkpoints import load_checkpoint, load_state, read_checkpoint, write_snapshot
 from .curvature import HessianLinearOperator
 from .files import write_atomic, write_sealed
 from .masks import partition
@@ -37,7 +36,7 @@ from .methods import Eigsh, as_settings, from_settings, orderings, whole
 from .noise import column_noise
 from .problems import make_problem
 from .record import make_record, table_header, table_note, table_row, table_text
-from .runs import Run, hessian, identity, load_state, same_identity, write_snapshot
+from .runs import Run, hessian, identity, same_identity
 from .training import load_params, train
 
 # %% ../nbs/43_experiment.ipynb #1f7f07b6
@@ -262,72 +261,6 @@ def _trained(optimizer, progress, seed, problem, steps):
         model = load_params(copy.deepcopy(problem.model), run.thetas[i])
         yield step, model, *(dict(train=a[i], test=b[i]) for a, b in
                              ((run.train_loss, run.test_loss), (run.train_acc, run.test_acc)))
-
-# %% ../nbs/43_experiment.ipynb #348a14e4
-_STATES = 'state_dict', 'model_state_dict', 'model', 'module'
-_WEIGHTS = 'model.safetensors', 'pytorch_model.bin'
-
-def _files(path):
-    "The files with tensors at a path: itself, or in a folder of save_pretrained the weights, whole or in shards"
-    if not path.is_dir(): return [path]
-    for name in _WEIGHTS:
-        if (path/name).exists(): return [path/name]
-        index = path/f'{name}.index.json'
-        if index.exists(): return [path/o for o in sorted({*json.loads(index.read_text())['weight_map'].values()})]
-    raise FileNotFoundError(f"{path} has no weights: expected {' or '.join(_WEIGHTS)}, whole or in shards")
-
-def _load(path):
-    "What is in one file"
-    if path.suffix == '.safetensors':
-        from safetensors.torch import load_file
-        return load_file(path)
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        said = str(e).splitlines()[0][:80]
-        raise ValueError(f'{path} is damaged or holds more than tensors and numbers ({said}): '
-                         'load it yourself and give {step: state_dict}') from None
-
-def read_checkpoint(
-    path: Path | str,  # of a file or a folder
-) -> tuple:  # (state, step): name -> tensor, and the training step
-    "Parameters, buffers and step of a checkpoint"
-    path = Path(path)
-    saved = {name: t for file in _files(path) for name, t in _load(file).items()}
-    state = next((saved[o] for o in _STATES if isinstance(saved.get(o), Mapping)), saved)
-    trainer = path/'trainer_state.json'
-    said = saved | json.loads(trainer.read_text()) if trainer.exists() else saved
-    step = next((int(said[o]) for o in ('global_step', 'step') if isinstance(said.get(o), int)), None)
-    return {name: t for name, t in state.items() if isinstance(t, Tensor)}, _step_of(path) if step is None else step
-
-def _step_of(path):
-    "The step in a name"
-    marked = re.findall(r'(?:step|checkpoint|ckpt|iter|update)[-_=]*(\d+)', path.stem, re.I)
-    found = marked or re.findall(r'\d+', path.stem)
-    if not found: raise ValueError(f'{path} says no step, neither inside nor in its name: give {{step: path}}')
-    return int(found[-1])
-
-# %% ../nbs/43_experiment.ipynb #778c7a9e
-def load_checkpoint(
-    model: torch.nn.Module,  # left as it is
-    state: Mapping,  # name -> tensor, of read_checkpoint
-    what: str = 'the checkpoint',  # for errors
-) -> torch.nn.Module:  # a copy, with the buffers of the checkpoint too
-    "The model at a checkpoint"
-    model = copy.deepcopy(model)
-    mine = model.state_dict(keep_vars=True)
-    first = next(iter(mine))
-    prefixes = ['', *(name.removesuffix(first) for name in state if name.endswith(f'.{first}'))]
-    prefix = max(prefixes, key=lambda p: sum(f'{p}{name}' in state for name in mine))
-    state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    there = {id(mine[name]) for name in state if name in mine}  # and what is tied to it
-    lacks = [name for name, t in mine.items() if id(t) not in there]
-    if lacks: raise ValueError(f'{what} does not fit the model: it lacks {len(lacks)} of {len(mine)}, first {lacks[0]}')
-    for name, t in state.items():
-        if name not in mine: raise ValueError(f'{what} does not fit the model, which has no {name}')
-        if (here := mine[name].shape) != t.shape:
-            raise ValueError(f'{what} does not fit the model: {name} is {tuple(t.shape)}, in the model {tuple(here)}')
-    model.load_state_dict(state, strict=False)
-    return model
 
 # %% ../nbs/43_experiment.ipynb #01b4906c
 def run_checkpoints(

@@ -125,7 +125,7 @@ def _draw(ax, x, d, look, label):
     if not known.any(): return
     line, = ax.plot(x, y, label=plain(label), **look)
     band = 'range over seeds' if d.sizes.get('seed', 1) > 1 else 'interval'
-    seen = (high - low > .01*y[known].max()).any() and band not in said
+    seen = (high - low > .03*y[known].max()).any() and band not in said
     ax.fill_between(x, low, high, color=line.get_color(), alpha=.25, lw=0, label=band if seen else None)
     doubt = np.flatnonzero(known & ~trusted)
     if not len(doubt): return

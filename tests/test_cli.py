@@ -202,7 +202,7 @@ BAD = {
     'no checkpoints': (['run', str(OWN), '--checkpoints', 'no/*.pt'], 'there are no checkpoints'),
     'root': (argv('--root', '/nonexistent'), 'sha256.*/nonexistent'),
     'unknown option': (argv('--kk', '3'), 'unrecognized arguments: --kk'),
-    'unwritable': (argv('--out', '/proc/runs/x'), 'cannot write to /proc/runs/x'),
+    'unwritable': (argv('--out', '/proc/runs/x'), '/proc/runs'),
     'show nothing': (['show'], 'run'),
     'show missing': (['show', 'nowhere'], 'no record in nowhere'),
     'explore missing': (['explore', 'nowhere'], 'no record in nowhere'),

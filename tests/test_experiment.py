@@ -16,13 +16,12 @@ from torch import nn
 from torch.func import functional_call, hessian
 
 import hessian_overlap.experiment as ex
+from hessian_overlap.checkpoints import load_checkpoint, read_checkpoint
 from hessian_overlap.experiment import (
     Given,
     default_snapshots,
-    load_checkpoint,
     overlap_record,
     problem_maker,
-    read_checkpoint,
     run_checkpoints,
     run_overlap,
 )

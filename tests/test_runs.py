@@ -18,10 +18,11 @@ import torch
 from own import make_problem
 
 import hessian_overlap.files as files
+from hessian_overlap.checkpoints import load_state, read_snapshot, write_snapshot
 from hessian_overlap.experiment import run_overlap
 from hessian_overlap.methods import Eigsh
 from hessian_overlap.record import RecordError, compare, load_record, read_dataset, write_dataset
-from hessian_overlap.runs import Run, identity, load_state, measure_task, read_snapshot, same_identity, write_snapshot
+from hessian_overlap.runs import Run, identity, measure_task, same_identity
 
 ASK = dict(steps=10, snapshots=[0, 5, 10], samples=30, num_random=3, seeds=(0, 1), progress=False)
 QUIET = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}

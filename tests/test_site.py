@@ -90,11 +90,13 @@ SEEN = """() => ({
     widgets: [...document.querySelectorAll('.jupyter-widgets-error-widget')].map(e => e.textContent.trim()),
     blind: [...document.images].filter(i => i.complete && !i.naturalWidth).length,
     wide: document.documentElement.scrollWidth - innerWidth })"""
-COLOURS = """() => [document.body, document.querySelector('main') || document.body].map((e, i) =>
-    getComputedStyle(e)[i ? 'color' : 'backgroundColor'])"""
+COLOURS = """() => [document.body, document.querySelector('main') || document.body].map((e, i) => {
+    const rgb = getComputedStyle(e)[i ? 'color' : 'backgroundColor'].match(/[0-9.]+/g).slice(0, 3);
+    return rgb.reduce((a, c) => a + Number(c)/3, 0) })"""
+READABLE = f'light => {{ const [back, ink] = ({COLOURS})(); return light ? back - ink > 100 : ink - back > 100 }}'
 
 
-def faults_of(page, name):
+def faults_of(page):
     "What a reader would see as broken"
     seen = page.evaluate(SEEN)
     if seen['raw'] or seen['broken']:
@@ -115,6 +117,7 @@ def faults_of(page, name):
 def test_pages_in_a_browser(site, need_browser, artefacts):
     "Each page is loaded once, and looked at in light and in dark"
     from browser import open_browser
+    from playwright.sync_api import TimeoutError
 
     out, _, said = site
     assert (out / 'index.html').exists(), said
@@ -139,14 +142,15 @@ def test_pages_in_a_browser(site, need_browser, artefacts):
             page.goto(home + name, wait_until='load')
             if page.locator('.ipywidget').count():
                 page.wait_for_selector('.ipywidget .jupyter-widgets', timeout=20_000)
-            faults += [f'{name}: {fault}' for fault in faults_of(page, name)]
+            faults += [f'{name}: {fault}' for fault in faults_of(page)]
             for scheme in ('light', 'dark'):
                 page.emulate_media(color_scheme=scheme)
-                page.wait_for_timeout(100)  # a script of the page follows
-                colours = page.evaluate(COLOURS)
-                back, ink = (sum(int(v) for v in c[c.index('(') + 1 : -1].split(',')[:3]) / 3 for c in colours)
-                if (back > ink) != (scheme == 'light') or abs(back - ink) < 100:
-                    faults.append(f'{name}: colours {colours} in the {scheme} scheme')
+                try:
+                    page.wait_for_function(
+                        READABLE, arg=scheme == 'light', timeout=5000
+                    )  # a script of the page follows
+                except TimeoutError:
+                    faults.append(f'{name}: brightness of page and ink {page.evaluate(COLOURS)} in the {scheme} scheme')
                 stem = name.replace('/', '-').removesuffix('.html')
                 page.screenshot(path=shots / f'{stem}-{scheme}.png', full_page=True)
     server.shutdown()
