@@ -13,6 +13,7 @@ from fastcore.meta import delegates
 from torch import Tensor
 
 from .batches import SavedBytes, is_pair, num_samples, some_samples, tensors_of, with_reduction
+from .checks import check_seed, check_whole
 from .curvature import CurvatureOperator, graph_vjp, rowwise
 from .linop import two_norm
 from .noise import column_noise
@@ -124,11 +125,8 @@ class GGNLinearOperator(_Factored):
         seed: int | None = None,  # of the labels, at least 0; needed with mc_samples
         **kwargs,
     ):
-        if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 0:
-            raise ValueError(f'mc_samples must be a whole number of at least 0, got {mc_samples!r}')
-        if mc_samples and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64):
-            raise ValueError(f'with mc_samples a seed is needed, a whole number from 0 to 2**64-1, got {seed!r}')
-        self.mc_samples, self.seed = mc_samples, seed
+        self.mc_samples = check_whole('mc_samples', mc_samples, 0)
+        self.seed = check_seed(seed) if mc_samples else seed
         self._is_softmax = None  # whether the loss goes by softmax; None: not tried
         self._way = None  # the likelihood, with mc_samples
         self._first_rows, self._piece = {0: 0}, 0  # piece -> samples before it; the piece that comes next

@@ -182,6 +182,7 @@ def _probed_diagonals(out, theta, R, columns, seed):
 # %% ../nbs/34_proxies.ipynb #a5b9a985
 def _check_probes(G, probes, seed):
     _check_curvature(G, GGNLinearOperator, 'G')
+    if G.mc_samples: raise ValueError('the diagonal is that of the Gauss-Newton matrix: make G without mc_samples')
     if probes is None: return
     check_whole('probes', probes, 1)
     if seed is None: raise ValueError(f'probes = {probes} need a seed')
