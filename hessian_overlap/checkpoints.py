@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .files import read_sealed, write_sealed
 
-# %% ../nbs/14_checkpoints.ipynb #5fc95409
+# %% ../nbs/14_checkpoints.ipynb #969427dc
 def write_snapshot(
     path: Path | str,  # of the file
     model: nn.Module,  # at the parameters to write
@@ -47,6 +47,7 @@ def read_snapshot(
     dtypes = {name: getattr(torch, o) for name, o in words['dtypes'].items()}
     return {name: torch.from_numpy(a).view(dtypes[name]).squeeze(-1) for name, a in arrays.items()}, words, seal
 
+# %% ../nbs/14_checkpoints.ipynb #ab495cf2
 def load_state(
     model: nn.Module,  # left as it is
     state: dict,  # name -> tensor, of a snapshot
@@ -56,7 +57,7 @@ def load_state(
     model.load_state_dict(state)
     return model
 
-# %% ../nbs/14_checkpoints.ipynb #6522130e
+# %% ../nbs/14_checkpoints.ipynb #72295040
 _STATES = 'state_dict', 'model_state_dict', 'model', 'module'
 _WEIGHTS = 'model.safetensors', 'pytorch_model.bin'
 
@@ -80,6 +81,7 @@ def _load(path):
         raise ValueError(f'{path} is damaged or holds more than tensors and numbers ({said}): '
                          'load it yourself and give {step: state_dict}') from None
 
+# %% ../nbs/14_checkpoints.ipynb #fbc398bb
 def read_checkpoint(
     path: Path | str,  # of a file or a folder
 ) -> tuple:  # (state, step): name -> tensor, and the training step

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'EXPECTED', 'AGAIN', 'numbers', 'optimizer_of', 'order_of', 'files', 'parser', 'executor_of', 'place',
-           'num_threads', 'run', 'peak_memory', 'save_figure', 'draw_figures', 'say_figures', 'record_of', 'show',
-           'explore', 'problems', 'compare', 'export', 'Terminated', 'main']
+           'num_threads', 'run', 'peak_memory', 'save_figure', 'draw_figures', 'say_figures', 'say_finished',
+           'record_of', 'show', 'explore', 'problems', 'compare', 'export', 'Terminated', 'main']
 
-# %% ../nbs/60_cli.ipynb #184e5d31
+# %% ../nbs/60_cli.ipynb #c4c59bcc
 import argparse
 import inspect
 import io
@@ -30,6 +30,7 @@ from fastcore.docments import docments
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+# %% ../nbs/60_cli.ipynb #9db2ce21
 from . import __version__, app, plots
 from .experiment import problem_maker, run_checkpoints, run_overlap
 from .files import write_atomic
@@ -40,7 +41,7 @@ from .record import compare as differences
 from .runs import Run
 from .runs import threads as with_threads
 
-# %% ../nbs/60_cli.ipynb #343cae98
+# %% ../nbs/60_cli.ipynb #f5765775
 def numbers(
     text: str,  # whole numbers and commas
 ) -> tuple:
@@ -66,6 +67,7 @@ def order_of(
     if path.endswith('.npy'): return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64))
     return torch.load(path, weights_only=True).long()
 
+# %% ../nbs/60_cli.ipynb #2e5d77ba
 def files(text: str) -> list:
     "a.npy,b.npy as names"
     return text.split(',')
@@ -97,7 +99,7 @@ def parser(
     for func in commands: _add_command(sub, func)
     return p
 
-# %% ../nbs/60_cli.ipynb #cfa81e95
+# %% ../nbs/60_cli.ipynb #4e0691a3
 @contextmanager
 def executor_of(
     workers: int | None,  # processes on this machine; None: none
@@ -119,6 +121,7 @@ def executor_of(
         with Client(dask) as client: yield client.get_executor()
     else: yield None
 
+# %% ../nbs/60_cli.ipynb #b5ce4fc6
 def place(
     dtype: str,  # float32 or float64
     device: str | None,  # such as cuda:1; None for the default
@@ -138,7 +141,7 @@ def num_threads(
     said = os.environ.get('OMP_NUM_THREADS', '1').split(',')[0]
     return max(1, min(int(said), os.cpu_count())) if said.isdecimal() else 1
 
-# %% ../nbs/60_cli.ipynb #cb8cb6e0
+# %% ../nbs/60_cli.ipynb #c2927d2d
 def run(
     problem: str,              # a problem by name, such as mnist_mini, or FILE.py:FUNCTION that makes one
     k: int = None,               # largest mask size; 350 if not given, a fifth of all parameters for slq
@@ -179,11 +182,9 @@ def run(
         make = problem_maker(problem, root=root, device=device, dtype=dtype)
         if checkpoints: ds = run_checkpoints(make(seeds[0]), checkpoints=checkpoints, method=how, seed=seeds[0], **kw)
         else: ds = run_overlap(make, how, steps=steps, snapshots=snapshots, optimizer=optimizer, seeds=seeds, **kw)
-    used = f'{ds.matvecs.sum().item()} matvecs' + (f', {peak_memory()/1e9:.2f} GB at most' if peak_memory() else '')
-    print(f'\nfinished in {time.perf_counter() - start:.0f} s, {used}; record in {out}')
-    say_figures(draw_figures(ds, out/'figures'))
+    say_finished(ds, out, time.perf_counter() - start)
 
-# %% ../nbs/60_cli.ipynb #278650b0
+# %% ../nbs/60_cli.ipynb #0f664c52
 def peak_memory() -> int | None:  # bytes; None where the system does not tell
     "Largest resident memory of this process so far"
     try:
@@ -203,6 +204,7 @@ def save_figure(
     write_atomic(path, buf.getvalue())
     return path
 
+# %% ../nbs/60_cli.ipynb #7fdf154b
 def draw_figures(
     record: xr.Dataset,  # of a run
     folder: Path,      # created if missing
@@ -214,7 +216,13 @@ def draw_figures(
 
 def say_figures(paths): print('figures:', *paths, sep='\n  ')
 
-# %% ../nbs/60_cli.ipynb #40fdaa67
+def say_finished(ds, out, seconds):
+    "What a run took, and where its record and its figures are"
+    used = f'{ds.matvecs.sum().item()} matvecs' + (f', {peak_memory()/1e9:.2f} GB at most' if peak_memory() else '')
+    print(f'\nfinished in {seconds:.0f} s, {used}; record in {out}')
+    say_figures(draw_figures(ds, out/'figures'))
+
+# %% ../nbs/60_cli.ipynb #96c56b52
 def record_of(
     folder: str,  # of a run
 ) -> xr.Dataset:
@@ -240,11 +248,12 @@ def explore(
     record_of(run)
     app.serve(run, port=port, browser=not no_browser)
 
+# %% ../nbs/60_cli.ipynb #bd2c6f80
 def problems():
     "List the problems that can be run by name"
     for name, make in PROBLEMS.items(): print(f'{name:15} {make.__doc__}')
 
-# %% ../nbs/60_cli.ipynb #ec604857
+# %% ../nbs/60_cli.ipynb #f48000f1
 def compare(
     runs: list,  # folders of finished runs
     out: str = 'comparison.png',  # figure with the curves of all of them at their last step
@@ -260,6 +269,7 @@ def compare(
             print(f'  {o}:', f'{d[0]} and {d[1]}' if isinstance(d, tuple) else f'by {d:.3g} at most')
     say_figures([save_figure(lambda ax: plots.plot_runs(records, ax=ax), Path(out))])
 
+# %% ../nbs/60_cli.ipynb #bf8fdabb
 def export(
     run: str,  # folder of a finished run
     csv: str = None,  # file for a table with a row for each seed, step, split, ordering and mask size

@@ -6,7 +6,7 @@
 __all__ = ['overlap_record', 'Given', 'default_snapshots', 'digest', 'run_settings', 'problem_maker', 'run_overlap',
            'run_checkpoints']
 
-# %% ../nbs/43_experiment.ipynb #6ca3b2c8
+# %% ../nbs/43_experiment.ipynb #8bef3cba
 import copy
 import hashlib
 import inspect
@@ -26,6 +26,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
+# %% ../nbs/43_experiment.ipynb #e176f898
 from . import __version__
 from .batches import tensors_of
 from .checkpoints import load_checkpoint, load_state, read_checkpoint, write_snapshot
@@ -141,7 +142,7 @@ def _from_file(file, func, seed, **kw):
     made = found[func](**{k: v for k, v in (kw | dict(seed=seed)).items() if k in takes})
     return Given(*made) if isinstance(made, tuple) else made
 
-# %% ../nbs/43_experiment.ipynb #e47911ff
+# %% ../nbs/43_experiment.ipynb #e9ba42e0
 def _work(settings, problem_of, problems, snapshots, *, out, orders, executor, overwrite, progress, echo):
     "A record from settings, in a folder"
     with TemporaryDirectory() if out is None else nullcontext(out) as folder:
@@ -152,6 +153,7 @@ def _work(settings, problem_of, problems, snapshots, *, out, orders, executor, o
         _measure(run, problems, executor, progress, echo or (lambda line: None))
         return run.record()
 
+# %% ../nbs/43_experiment.ipynb #aba3daeb
 def _measure(run, problems, executor, progress, echo):
     "All parts, with a bar and the lines of the table as they are ready"
     s, tasks, products = run.settings, run.all_tasks(), []
@@ -169,7 +171,7 @@ def _measure(run, problems, executor, progress, echo):
     ds = run.record()
     for line in ['', table_text(ds)] if len(problems) > 1 else table_note(ds): echo(line)
 
-# %% ../nbs/43_experiment.ipynb #24660871
+# %% ../nbs/43_experiment.ipynb #b00ceb03
 def _keep(run, problem_of, orders, executor):
     "What other processes need of a run, in its folder"
     tables = {name: o.cpu().numpy().astype(np.int64).tobytes() for name, o in (orders or {}).items()}
@@ -187,6 +189,7 @@ def _pickled(o):
         pickler = pickle
     return pickler.dumps(o)
 
+# %% ../nbs/43_experiment.ipynb #74321228
 def _write_snapshots(run, seed, problem, snapshots):
     "The snapshots that are missing; where none is, ask whether the problem is still the same at the last"
     s = run.settings
@@ -210,7 +213,7 @@ def _keep_strategy(run, problem):
     H @ column_noise(s['n'], range(16), seed=0, dtype=H.dtype, device=H.device)
     write_atomic(run.path/'strategy.json', json.dumps(H.info['strategy']).encode(), new=True)
 
-# %% ../nbs/43_experiment.ipynb #5d944e0d
+# %% ../nbs/43_experiment.ipynb #17418d54
 def run_overlap(
     problem,           # a Problem, or a function of the seed that makes one; its model is left as it is
     method=Eigsh(),      # how: Eigsh, Seigh or SLQ
@@ -242,6 +245,7 @@ def run_overlap(
     return _work(settings, problem_of, problems, partial(_trained, optimizer, progress), out=out, orders=orders,
                  executor=executor, overwrite=overwrite, progress=progress, echo=echo)
 
+# %% ../nbs/43_experiment.ipynb #e76cc04c
 def _words(optimizer):
     "An optimizer with its settings, in words"
     made = optimizer([torch.nn.Parameter(torch.zeros(1))]) if callable(optimizer) else optimizer
@@ -262,7 +266,7 @@ def _trained(optimizer, progress, seed, problem, steps):
         yield step, model, *(dict(train=a[i], test=b[i]) for a, b in
                              ((run.train_loss, run.test_loss), (run.train_acc, run.test_acc)))
 
-# %% ../nbs/43_experiment.ipynb #01b4906c
+# %% ../nbs/43_experiment.ipynb #2c030cb5
 def run_checkpoints(
     model,  # torch.nn.Module, its parameters do not matter; or a problem, instead of model, loss_func and data
     loss_func=None,  # as in overlap_record
@@ -291,6 +295,7 @@ def run_checkpoints(
     return _work(settings, partial(_same_problem, problem), {seed: problem}, snapshots, out=out, orders=orders,
                  executor=executor, overwrite=overwrite, progress=progress, echo=echo)
 
+# %% ../nbs/43_experiment.ipynb #58d1d361
 def _by_step(checkpoints):
     "step -> a function that reads the state of that step, steps ascending"
     if isinstance(checkpoints, (str, Path)): checkpoints = sorted(glob(str(checkpoints)))

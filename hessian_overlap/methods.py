@@ -24,8 +24,8 @@ from .sketch import seigh
 from .tables import eigenspace_tables, grid, quadrature_tables
 
 # %% auto #0
-__all__ = ['RESERVED', 'ON_K', 'METHODS', 'orderings', 'draws', 'Found', 'Method', 'whole', 'Eigsh', 'Seigh', 'default_ks', 'SLQ',
-           'as_settings', 'from_settings']
+__all__ = ['RESERVED', 'ON_K', 'METHODS', 'orderings', 'draws', 'Asked', 'Found', 'Method', 'whole', 'Eigsh', 'Seigh',
+           'default_ks', 'SLQ', 'as_settings', 'from_settings']
 
 # %% ../nbs/37_methods.ipynb #5abe0bef
 RESERVED = 'magnitude', 'layerwise', 'random', 'best'  # names of orderings that are made here
@@ -49,10 +49,21 @@ def draws(
     seeds = (int(np.random.SeedSequence([seed, i, 0x6d61736b]).generate_state(1)[0]) for i in range(num_random))
     return [random_order(n, seed=s) for s in seeds]
 
-# %% ../nbs/37_methods.ipynb #41f81bb6
+# %% ../nbs/37_methods.ipynb #7b2b898a
 def _as_np(t): return torch.as_tensor(t).detach().double().cpu().numpy()
 
 def _rounded(a, bits): return np.round(np.asarray(a)*2.**bits)/2.**bits
+
+class Asked(NamedTuple):
+    "What a method is asked"
+    H: object  # (n, n) symmetric operator
+    orders: dict  # name -> (n,) int64 permutation; random is the first of the draws
+    draws: list  # all random orderings
+    parts: Partition
+    sizes: np.ndarray  # mask sizes of the tables
+    ranks: np.ndarray  # and ranks
+    seed: int
+    progress: bool
 
 class Found(NamedTuple):
     "What a method found"
@@ -61,6 +72,7 @@ class Found(NamedTuple):
     tables: dict  # of eigenspace_tables or quadrature_tables
     numbers: dict  # the other variables: (K,) or scalars
 
+# %% ../nbs/37_methods.ipynb #1f0ae3df
 class Method:
     "What all methods share"
     def measure(self,
@@ -78,7 +90,7 @@ class Method:
         tabled = dict(magnitude=orders['magnitude']) | some | orders  # also the order in which they are listed
         ks = m.mask_sizes
         sizes, ranks = grid(n, int(ks[-1]), ks=None if len(ks) == ks[-1] else ks)
-        found = m._find(H, tabled, rand, parts, sizes, ranks, seed, progress)
+        found = m._find(Asked(H, tabled, rand, parts, sizes, ranks, seed, progress))
         return _dataset(m, n, parts, found, sizes, ranks).assign(seconds=time.perf_counter()-began)
 
 # %% ../nbs/37_methods.ipynb #18f3a396
@@ -114,7 +126,7 @@ def whole(
         raise ValueError(f'{name} must be a whole number of at least {low}{most}, got {v!r}')
     return int(v)
 
-# %% ../nbs/37_methods.ipynb #4beb925c
+# %% ../nbs/37_methods.ipynb #f245adcd
 class _ByPairs(Method):
     "Overlaps from k eigenpairs"
     mask_sizes = property(lambda self: np.arange(1, self.k+1))  # (k,) of a sized method
@@ -124,24 +136,26 @@ class _ByPairs(Method):
         if whole('k', self.k, 1) > n: raise ValueError(f'k = {self.k} is more than the n = {n} parameters')
         return int(self.k)
 
-    def _find(self, H, tabled, rand, parts, sizes, ranks, seed, progress):
-        res = self._solve(H, seed, progress)
+    def _find(self, asked):
+        res = self._solve(asked)
         U, nan = res.eigvecs, np.nan
         if not (torch.isfinite(res.eigvals).all() and torch.isfinite(U).all()):
             raise FloatingPointError(f'{self.name} gave eigenpairs that are not finite')
         curve = lambda order: _as_np(overlap_curve(order.to(U.device), U))
-        drawn = _rounded([curve(o) for o in rand], 24).reshape(-1, self.k)
+        drawn = _rounded([curve(o) for o in asked.draws], 24).reshape(-1, self.k)
         residuals, trusted = self._reliable(res)
-        curves = {name: (curve(o), *self._interval(res, o), trusted) for name, o in tabled.items() if name != 'random'}
+        own = {name: o for name, o in asked.orders.items() if name != 'random'}
+        curves = {name: (curve(o), *self._interval(res, o), trusted) for name, o in own.items()}
         rounded = {name: (_rounded(c[0], 24), *c[1:]) for name, c in curves.items() if name != 'magnitude'}
-        curves |= rounded | dict(random=(drawn.mean(0) if rand else nan, nan, nan, trusted))
-        t = eigenspace_tables(U, tabled, parts, sizes, ranks)
-        curves = {name: curves[name] for name in tabled} | dict(best=(_as_np(best_overlap_curve(U)), nan, nan, trusted))
+        curves |= rounded | dict(random=(drawn.mean(0) if len(drawn) else nan, nan, nan, trusted))
+        t = eigenspace_tables(U, asked.orders, asked.parts, asked.sizes, asked.ranks)
+        best = _as_np(best_overlap_curve(U)), nan, nan, trusted
+        curves = {name: curves[name] for name in asked.orders} | dict(best=best)
         return Found(curves, drawn, t, dict(
             eigvals=_as_np(res.eigvals), residuals=residuals, variance=t['variance'], matvecs=res.info['matvecs'],
             converged=bool(res.info['converged'])))
 
-# %% ../nbs/37_methods.ipynb #e2976e6b
+# %% ../nbs/37_methods.ipynb #1b78bef4
 @dataclass(frozen=True)
 class Eigsh(_ByPairs):
     "Eigenpairs to a tolerance by block Lanczos, `eigsh`"
@@ -158,8 +172,9 @@ class Eigsh(_ByPairs):
         if self.block_size is not None: whole('block_size', self.block_size, 1, n)
         return replace(self, k=self._sized_k(n))
 
-    def _solve(self, H, seed, progress):
-        return eigsh(H, self.k, tol=self.tol, block_size=self.block_size, seed=seed, progress=progress)
+    def _solve(self, asked):
+        return eigsh(asked.H, self.k, tol=self.tol, block_size=self.block_size, seed=asked.seed,
+                     progress=asked.progress)
 
     def _interval(self, res, order):
         e = overlap_error(res, order)
@@ -171,7 +186,7 @@ class Eigsh(_ByPairs):
         trusted = np.logical_and.accumulate(met | bool(info['converged']))
         return norms, trusted & (self.mask_sizes <= info.get('rank', self.k))
 
-# %% ../nbs/37_methods.ipynb #c1f3d06e
+# %% ../nbs/37_methods.ipynb #ddf19e56
 @dataclass(frozen=True)
 class Seigh(_ByPairs):
     "Eigenpairs from one pass of random measurements, `seigh`: the paper's sketch"
@@ -192,9 +207,9 @@ class Seigh(_ByPairs):
             if inner < outer: raise ValueError(f'num_inner = {inner} is less than num_outer = {outer}; take as many')
         return replace(self, k=k, num_outer=outer, num_inner=inner)
 
-    def _solve(self, H, seed, progress):
-        return seigh(H, self.k, num_outer=self.num_outer, num_inner=self.num_inner, recovery=self.recovery, seed=seed,
-                     progress=progress)
+    def _solve(self, asked):
+        return seigh(asked.H, self.k, num_outer=self.num_outer, num_inner=self.num_inner, recovery=self.recovery,
+                     seed=asked.seed, progress=asked.progress)
 
     def _interval(self, res, order): return np.nan, np.nan  # it may have missed eigenvalues
 
@@ -240,26 +255,28 @@ class SLQ(Method):
                                          'at n every overlap is 1')
         return tuple(ks)
 
-# %% ../nbs/37_methods.ipynb #1653fc52
+# %% ../nbs/37_methods.ipynb #374b5531
 @patch
-def _find(self: SLQ, H, tabled, rand, parts, sizes, ranks, seed, progress):
-    orders = {name: o for name, o in tabled.items() if name != 'random'}
-    orders |= {('random', i): o for i, o in enumerate(rand)}
+def _find(self: SLQ, asked):
+    orders = {name: o for name, o in asked.orders.items() if name != 'random'}
+    orders |= {('random', i): o for i, o in enumerate(asked.draws)}
     with warnings.catch_warnings():  # said once, for magnitude
         warnings.filterwarnings('ignore', 'the overlap of', RuntimeWarning)
-        est = overlap_slq(H, orders, torch.tensor(self.ks), num_probes=self.num_probes, num_steps=self.num_steps,
-                          seed=seed, progress=progress)
-    info, nan = est['magnitude'].info, np.nan
+        est = overlap_slq(asked.H, orders, torch.tensor(self.ks), num_probes=self.num_probes, num_steps=self.num_steps,
+                          seed=asked.seed, progress=asked.progress)
+    state, nan = est['magnitude'].info['state'], np.nan
     told = {o: (*map(_as_np, (e.overlap, e.low, e.high)), _as_np(e.info['trusted']) > 0) for o, e in est.items()}
-    drawn = np.array([told['random', i][0] for i in range(len(rand))]).reshape(-1, len(self.ks))
-    if rand: told['random'] = drawn.mean(0), nan, nan, np.all([told['random', i][3] for i in range(len(rand))], 0)
-    trusted, t = told['magnitude'][3], quadrature_tables(info['state'], tabled, parts, sizes, ranks)
+    drawn = [told['random', i] for i in range(len(asked.draws))]
+    values = np.array([o[0] for o in drawn]).reshape(-1, len(self.ks))
+    told['random'] = values.mean(0) if drawn else nan, nan, nan, np.all([o[3] for o in drawn], 0)
+    trusted, told['best'] = told['magnitude'][3], (nan, nan, nan, False)
     if not trusted.all():
         warnings.warn(f'the overlap is not resolved at {(~trusted).sum()} of {len(trusted)} mask sizes, first at '
                       f'k = {self.ks[trusted.argmin()]}; raise num_steps', RuntimeWarning, stacklevel=3)
-    return Found({name: told[name] for name in tabled} | dict(best=(nan, nan, nan, False)), drawn, t, dict(
-        eigvals=_as_np(cut_nodes(info['state'], self.ks)), residuals=nan, variance=nan, matvecs=info['matvecs'],
-        converged=bool(trusted.all())))
+    tables = quadrature_tables(state, asked.orders, asked.parts, asked.sizes, asked.ranks)
+    return Found({name: told[name] for name in (*asked.orders, 'best')}, values, tables, dict(
+        eigvals=_as_np(cut_nodes(state, self.ks)), residuals=nan, variance=nan,
+        matvecs=est['magnitude'].info['matvecs'], converged=bool(trusted.all())))
 
 # %% ../nbs/37_methods.ipynb #a87b01ed
 METHODS = dict(eigsh=Eigsh, seigh=Seigh, slq=SLQ)

@@ -234,7 +234,7 @@ def table_header(
                   '±', 'chance', 'ratio', 'matvecs', 'seconds'], ks, splits)
     return head + '\n' + '-'*len(head)
 
-# %% ../nbs/40_record.ipynb #41eb3d7c
+# %% ../nbs/40_record.ipynb #d87ef643
 def table_row(
     ds: xr.Dataset,  # of one step and one split, with or without a dimension seed
     splits=('train', 'test'),  # of the whole table
@@ -260,6 +260,7 @@ def table_note(
     seeds = [f'mean over {ds.seed.size} seeds, of |λ| for λ; ± is their standard deviation'] if ds.seed.size > 1 else []
     return seeds + ([] if ds.converged.all() else [UNSURE.get(ds.attrs['method'], UNSURE['eigsh'])])
 
+# %% ../nbs/40_record.ipynb #0313f9d6
 UNSURE = dict(eigsh='* eigenpairs not converged to the tolerance: read this row with care',
               seigh='* a sketch: eigenpairs approximated in one pass, their residuals not measured',
               slq='* not resolved at some mask sizes: the interval is what is possible there; more num_steps narrow it')
@@ -285,7 +286,7 @@ def summary(
             f'overlap {o.overlap.item():.4f}{within} = {o.overlap.item()/o.chance.item():.2f} × chance '
             f'at step {o.step.item()} on {o.split.item()}')
 
-# %% ../nbs/40_record.ipynb #f84bba0b
+# %% ../nbs/40_record.ipynb #5aed3f32
 def write_dataset(
     path: Path | str,  # of the file
     ds: xr.Dataset,  # of numbers, booleans and texts
@@ -305,6 +306,7 @@ def write_dataset(
 
 def _chunk(name, shape): return f"{name}/{'.'.join('0'*len(shape)) or '0'}"
 
+# %% ../nbs/40_record.ipynb #7da7c107
 def read_dataset(
     path: Path | str,  # of a file that write_dataset wrote
 ) -> xr.Dataset:  # in memory, bit for bit what was written
@@ -320,7 +322,7 @@ def read_dataset(
     coordinates = attrs.pop('coordinates').split()
     return xr.Dataset(variables, attrs=attrs).set_coords(coordinates)
 
-# %% ../nbs/40_record.ipynb #a27834b6
+# %% ../nbs/40_record.ipynb #160cf6cb
 FILE = 'record.zarr.zip'
 
 def save_record(
@@ -333,6 +335,7 @@ def save_record(
     write_dataset(path/FILE, check_record(ds))
     return path/FILE
 
+# %% ../nbs/40_record.ipynb #8ad7a850
 def load_record(
     path: Path | str,  # folder of a run, or the file itself
 ) -> xr.Dataset:  # bit for bit what was saved

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OURS', 'hessian', 'identity', 'same_identity', 'Run', 'threads', 'measure_task']
 
-# %% ../nbs/41_runs.ipynb #ea7a7c5d
+# %% ../nbs/41_runs.ipynb #8cd22f6f
 import hashlib
 import json
 import pickle
@@ -19,6 +19,7 @@ import torch
 import xarray as xr
 from fastcore.basics import patch
 
+# %% ../nbs/41_runs.ipynb #fca3a8ce
 from .batches import BatchLoss, is_pair, tensors_of
 from .checkpoints import load_state, read_snapshot
 from .curvature import HessianLinearOperator
@@ -36,7 +37,7 @@ from hessian_overlap.record import (
     write_dataset,
 )
 
-# %% ../nbs/41_runs.ipynb #00327c84
+# %% ../nbs/41_runs.ipynb #6d917116
 def hessian(
     problem,  # with model, loss_func and hessian_data
     model: torch.nn.Module,  # at the parameters to look at
@@ -60,6 +61,7 @@ def identity(
     outputs = [v for t in tensors_of(out) for v in t.reshape(-1)[:16].double().tolist()][:16]
     return dict(loss=[h.loss for h in H], gradient=[h.gradient.double().norm().item() for h in H], outputs=outputs)
 
+# %% ../nbs/41_runs.ipynb #f43f0249
 def same_identity(
     a: dict,  # of identity
     b: dict,
@@ -69,12 +71,13 @@ def same_identity(
     def fits(x, y): return len(x) == len(y) and np.allclose(x, y, rtol=0, atol=rtol*np.abs([*x, 1e-30]).max())
     return [name for name in a if not fits(a[name], b[name])]
 
-# %% ../nbs/41_runs.ipynb #f70230c2
+# %% ../nbs/41_runs.ipynb #1126c24a
 def _hash(settings):
     "The sha256 of settings, whatever their order"
     plain = {k: v for k, v in settings.items() if k != 'sha256'}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
+# %% ../nbs/41_runs.ipynb #1ab62a58
 class Run:
     "A folder of finished parts"
     def __init__(self,
@@ -134,7 +137,7 @@ def part(self: Run,
     from_here = (ds.attrs['run'], ds.attrs['snapshot']) == (self.id, self._seals[seed, step])
     return ds if from_here and tuple(ds[d].item() for d in PART) == (seed, step, split) else None
 
-# %% ../nbs/41_runs.ipynb #a630393d
+# %% ../nbs/41_runs.ipynb #6a93307a
 OURS = (FILE, 'settings.json', 'strategy.json', 'problem.pickle', 'orders.zip', 'crystallisation.zip',
         'snapshots/*.zip', 'parts/*.zip', 'figures/*.png')
 
@@ -159,6 +162,7 @@ def create(cls: Run,
     sweep(path)
     return run
 
+# %% ../nbs/41_runs.ipynb #0eef20a6
 def _begun_with(folder):
     "The settings of a run folder, {} for damaged ones; None for a new or an empty folder"
     if not Path(folder).exists(): return None
@@ -182,7 +186,7 @@ def _differences(was, now):
     return [f'the problem of seed {seed} computes another {o}' for seed, here in now['identity'].items()
             for o in same_identity(was['identity'][seed], here)]
 
-# %% ../nbs/41_runs.ipynb #007cce36
+# %% ../nbs/41_runs.ipynb #0cb52fdd
 @contextmanager
 def threads(
     num: int,  # of CPU threads
@@ -195,6 +199,7 @@ def threads(
 
 _PROBLEMS = {}  # made in this process: (run, seed) -> problem
 
+# %% ../nbs/41_runs.ipynb #a528058a
 @patch
 def problem(self: Run,
     seed: int,  # one of its seeds
@@ -217,6 +222,7 @@ def orders(self: Run) -> dict:  # name -> (n,) int64 permutation
     files, _ = read_sealed(self.path/'orders.zip')
     return {name: torch.from_numpy(np.frombuffer(files[name], np.int64).copy()) for name in self.settings['orders']}
 
+# %% ../nbs/41_runs.ipynb #9a3dd753
 @patch
 def strategy(self: Run) -> str | None:  # of HessianLinearOperator
     "How all Hessians of the run are multiplied, if that was measured"
@@ -249,7 +255,7 @@ def measure_task(
     ds = ds.assign_coords(seed=seed, step=step, split=split).assign_attrs(run=run.id, snapshot=seal)
     write_dataset(run.file('parts', seed, step, split), ds)
 
-# %% ../nbs/41_runs.ipynb #4c43abfa
+# %% ../nbs/41_runs.ipynb #d77a4ee8
 @patch
 def measure(self: Run,
     problems: dict | None = None,  # seed -> problem, where they are at hand
@@ -270,6 +276,7 @@ def measure(self: Run,
         measure_task(self.path, *task, problem=(problems or {}).get(task[0]), progress=progress)
         done(task)
 
+# %% ../nbs/41_runs.ipynb #e56559cc
 def _submit(executor, path, missing, done):
     "Send all missing tasks to an executor and wait"
     tries, futures = dict.fromkeys(missing, 1), {task: executor.submit(measure_task, path, *task) for task in missing}
