@@ -377,7 +377,7 @@ def free(self: OverlapExplorer):
     "One slider or two, and the axes that go with them"
     tied = self.tied.value
     for c in (self.k, self.size, self.rank): c.layout.display = None if tied == (c is self.k) else 'none'
-    self.made = None
+    self.made = self.spot = 'nothing',
     self.limits()
     quick = [self.cut, self.left.dot, *artists(self.right.ax), *self.cuts, self.titles[2], self.point]
     self.stage(quick if tied else quick + artists(self.dash.axes))  # tied, layers are of the nearest cell of the table
@@ -424,18 +424,19 @@ def state(self: OverlapExplorer) -> SimpleNamespace:  # left, right: (run, what,
     tied, order, at = self.tied.value, self.order.value, dict(step=self.step.value, split=self.split.value)
     m, q = (self.k.value,)*2 if tied else (self.size.value, self.rank.value)
     rank = None if tied else q
-    if self.made is None or self.made[0] != rank: self.made = self.gather(rank)
+    if self.made[0] != rank: self.made = self.gather(rank)
     _, every, chance, rest = self.made
-    left, here = every.sel(at), rest.sel(at).sel(order=order)
+    key = rank, order, *at.values()  # the same at every step of the slider of sizes
+    if self.spot[0] != key: self.spot = key, every.sel(at), every.sel(split=at['split']), rest.sel(at).sel(order=order)
+    _, left, over, here = self.spot
     x, n, ratio = left.x.values, self.ds.n, self.ds.step.size == 1
     ranks = x if tied else np.full(len(x), q)
-    over = every.sel(split=at['split'], x=m).drop_vars('x').rename(step='x')
     cell = here[['layers', 'available']].sel(size=m, rank=q, method='nearest')
     return SimpleNamespace(
-        m=m, q=q, left=left, right=left/chance if ratio else over, one=left.sel(order=order, x=m).values,
-        chance=chance.isel(run=0).values, level=max(m, q)/n, ratio=ratio, table=here.table, lam=here.eigvals.values,
-        std=chance_std(n, x, ranks, here.variance.reindex(k=ranks).values), cell=cell,
-        layers=np.stack([cell.layers.values.astype(float), layer_chance(cell).values]))
+        m=m, q=q, left=left, right=left/chance if ratio else over.sel(x=m, drop=True).rename(step='x'),
+        one=left.sel(order=order, x=m).values, ratio=ratio, level=max(m, q)/n, chance=chance.isel(run=0).values,
+        std=chance_std(n, x, ranks, here.variance.reindex(k=ranks).values), lam=here.eigvals.values, table=here.table,
+        cell=cell, layers=np.stack([cell.layers.values.astype(float), layer_chance(cell).values]))
 
 # %% ../nbs/51_explore.ipynb #27698aca
 def put(line, x, y):
@@ -484,7 +485,7 @@ def draw(self: OverlapExplorer):
     cell, negative = (s.cell['size'].item(), s.cell['rank'].item()), (s.lam[ks <= s.q] < 0).sum()
     at = f'k = {s.m}' if self.tied.value else f'm = {s.m}, rank {s.q}'
     said = (f'{self.ds.problem}, {split} Hessian, step {step}', f'{order} mask at {at}',
-            f'cut at |λ| = {abs(cut):.3g}; {negative} of {(ks <= s.q).sum()} negative', f'overlap of the {order} mask',
+            f'cut |λ| = {abs(cut):.3g}; {negative}/{(ks <= s.q).sum()} negative', f'overlap of the {order} mask',
             f'layers at m = {cell[0]}, r = {cell[1]}')
     for t, text in zip(self.titles, said): t.set_text(plain(text))
     self.render((step, split, order, cell if self.tied.value else s.q))
