@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'EXPECTED', 'AGAIN', 'numbers', 'optimizer_of', 'order_of
            'num_threads', 'run', 'peak_memory', 'save_figure', 'draw_figures', 'say_figures', 'say_finished',
            'record_of', 'show', 'explore', 'problems', 'compare', 'export', 'Terminated', 'main']
 
-# %% ../nbs/60_cli.ipynb #c4c59bcc
+# %% ../nbs/60_cli.ipynb #9842bf12
 import argparse
 import inspect
 import io
@@ -20,7 +20,6 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +29,20 @@ from fastcore.docments import docments
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-# %% ../nbs/60_cli.ipynb #9db2ce21
+# %% ../nbs/60_cli.ipynb #81a4858c
 from . import __version__, app, plots
+from .checks import check_whole
 from .experiment import problem_maker, run_checkpoints, run_overlap
 from .files import write_atomic
-from .methods import from_settings, whole
+from .methods import from_settings
 from .problems import PROBLEMS
 from .record import RecordError, load_record, summary, table_text
 from .record import compare as differences
 from .runs import Run
 from .runs import threads as with_threads
+from .training import OPTIMIZERS
 
-# %% ../nbs/60_cli.ipynb #f5765775
+# %% ../nbs/60_cli.ipynb #bfe2f3b1
 def numbers(
     text: str,  # whole numbers and commas
 ) -> tuple:
@@ -50,15 +51,14 @@ def numbers(
 
 def optimizer_of(
     text: str,  # a class of torch.optim, in any case, and its settings after a colon
-):  # a function of the parameters that makes it
+) -> dict:  # as train takes it
     "adamw:lr=1e-3 as an optimizer"
     name, _, settings = text.partition(':')
-    known = {o.lower(): c for o, c in vars(torch.optim).items() if inspect.isclass(c)}
-    if name.lower() not in known:
-        raise argparse.ArgumentTypeError(f"torch.optim has no {name!r}; it has {', '.join(sorted(known))}")
+    if name.lower() not in OPTIMIZERS:
+        raise argparse.ArgumentTypeError(f"torch.optim has no {name!r}; it has {', '.join(sorted(OPTIMIZERS))}")
     words = dict(true=True, false=False, none=None)
     pairs = [o.split('=', 1) for o in settings.split(',') if o]
-    return partial(known[name.lower()], **{k: words[v.lower()] if v.lower() in words else float(v) for k, v in pairs})
+    return dict(name=name) | {k: words[v.lower()] if v.lower() in words else float(v) for k, v in pairs}
 
 def order_of(
     path: str,  # .npy, or .pt with a tensor
@@ -99,7 +99,7 @@ def parser(
     for func in commands: _add_command(sub, func)
     return p
 
-# %% ../nbs/60_cli.ipynb #4e0691a3
+# %% ../nbs/60_cli.ipynb #7327ec82
 @contextmanager
 def executor_of(
     workers: int | None,  # processes on this machine; None: none
@@ -107,7 +107,7 @@ def executor_of(
 ):
     "An executor, or None"
     if workers:
-        pool = ProcessPoolExecutor(whole('workers', workers, 1), mp_context=multiprocessing.get_context('spawn'))
+        pool = ProcessPoolExecutor(check_whole('workers', workers, 1), mp_context=multiprocessing.get_context('spawn'))
         try: yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -121,7 +121,7 @@ def executor_of(
         with Client(dask) as client: yield client.get_executor()
     else: yield None
 
-# %% ../nbs/60_cli.ipynb #b5ce4fc6
+# %% ../nbs/60_cli.ipynb #12cab1da
 def place(
     dtype: str,  # float32 or float64
     device: str | None,  # such as cuda:1; None for the default
@@ -137,17 +137,18 @@ def num_threads(
     asked: int | None,  # on the command line
 ) -> int:
     "What was asked for, else what OMP_NUM_THREADS says, else 1"
-    if asked is not None: return whole('threads', asked, 1, os.cpu_count())
+    if asked is not None: return check_whole('threads', asked, 1, os.cpu_count())
     said = os.environ.get('OMP_NUM_THREADS', '1').split(',')[0]
     return max(1, min(int(said), os.cpu_count())) if said.isdecimal() else 1
 
-# %% ../nbs/60_cli.ipynb #c2927d2d
+# %% ../nbs/60_cli.ipynb #ee28e6f5
 def run(
     problem: str,              # a problem by name, such as mnist_mini, or FILE.py:FUNCTION that makes one
     k: int = None,               # largest mask size; 350 if not given, a fifth of all parameters for slq
     steps: int = 1000,           # training steps
     snapshots: numbers = None,   # steps to look at, such as 0,100,1000; 0, 50, every 100 and the last if not given
     optimizer: optimizer_of = None,  # of torch.optim, such as adamw:lr=1e-3; plain SGD if not given
+    train_mode: bool = False,    # train with dropout and batch statistics
     checkpoints: str = None,     # pattern of files or folders to measure instead of training, such as 'ckpt/*.pt'
     samples: int = 500,          # class-balanced samples in each Hessian
     method: str = 'eigsh',       # eigsh (to a tolerance), seigh (the paper's sketch) or slq (without eigenvectors)
@@ -181,7 +182,8 @@ def run(
     with with_threads(num_threads(threads)), executor_of(workers, dask) as kw['executor']:
         make = problem_maker(problem, root=root, device=device, dtype=dtype)
         if checkpoints: ds = run_checkpoints(make(seeds[0]), checkpoints=checkpoints, method=how, seed=seeds[0], **kw)
-        else: ds = run_overlap(make, how, steps=steps, snapshots=snapshots, optimizer=optimizer, seeds=seeds, **kw)
+        else: ds = run_overlap(make, how, steps=steps, snapshots=snapshots, optimizer=optimizer, train_mode=train_mode,
+                             seeds=seeds, **kw)
     say_finished(ds, out, time.perf_counter() - start)
 
 # %% ../nbs/60_cli.ipynb #0f664c52

@@ -26,21 +26,22 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-# %% ../nbs/43_experiment.ipynb #e176f898
+# %% ../nbs/43_experiment.ipynb #9782f504
 from . import __version__
 from .batches import tensors_of
 from .checkpoints import load_checkpoint, load_state, read_checkpoint, write_snapshot
+from .checks import check_seed, check_whole
 from .curvature import HessianLinearOperator
 from .files import write_atomic, write_sealed
 from .masks import partition
-from .methods import Eigsh, as_settings, from_settings, orderings, whole
+from .methods import Eigsh, as_settings, from_settings, orderings
 from .noise import column_noise
-from .problems import make_problem
+from .problems import Problem, make_problem
 from .record import make_record, table_header, table_note, table_row, table_text
-from .runs import Run, hessian, identity, same_identity
-from .training import load_params, train
+from .runs import Run, fingerprint, hessian
+from .training import evaluate, optimizer_words, same_identity, train
 
-# %% ../nbs/43_experiment.ipynb #1f7f07b6
+# %% ../nbs/43_experiment.ipynb #17bbfad5
 def overlap_record(
     model: torch.nn.Module,  # in eval mode, or without dropout and batch norm; left as it is
     loss_func,             # loss_func(model(x), y), a mean over the batch; or loss_func(model, batch)
@@ -52,7 +53,7 @@ def overlap_record(
     progress: bool = False,   # a bar inside the method
 ) -> xr.Dataset:  # a record of one step, 0
     "Overlap of the masks of a model as it is with the top of the spectrum of its Hessian"
-    parts, kw = [], dict(num_random=whole('num_random', num_random, 0), seed=seed, progress=progress)
+    parts, kw = [], dict(num_random=check_whole('num_random', num_random, 0), seed=seed, progress=progress)
     for split, batches in _by_split(data).items():
         H = HessianLinearOperator(model, loss_func, None, batches)
         ds = method.measure(H, orderings(model, orders), partition(model), **kw)
@@ -97,7 +98,7 @@ def digest(
 
 def _same_problem(problem, seed): return problem
 
-# %% ../nbs/43_experiment.ipynb #b608ef8f
+# %% ../nbs/43_experiment.ipynb #a9d2747e
 def run_settings(
     problems: dict,  # seed -> problem
     method,  # Eigsh, Seigh or SLQ
@@ -107,16 +108,16 @@ def run_settings(
     "What the numbers of a run depend on; ValueError names the first that is wrong"
     p = next(iter(problems.values()))
     params, splits = [q for q in p.model.parameters() if q.requires_grad], list(getattr(p, 'splits', ('train', 'test')))
-    for seed in problems: whole('seed', seed, 0, 2**32 - 1)
+    for seed in problems: check_seed(seed)
     data = (t for split in splits for batch in p.hessian_data(split, samples) for t in tensors_of(batch))
     own = {name: digest([o]) for name, o in orderings(p.model, orders).items() if name in (orders or {})}
     n = sum(q.numel() for q in params)
     s = dict(problem=p.name, n=n, seeds=[*problems], steps=steps, splits=splits, method=as_settings(method.sized(n)),
-             samples=whole('samples', samples, 1), num_random=whole('num_random', num_random, 0), orders=own,
-             training=training, data=digest(data), dtype=str(params[0].dtype).removeprefix('torch.'),
+             samples=check_whole('samples', samples, 1), num_random=check_whole('num_random', num_random, 0),
+             orders=own, training=training, data=digest(data), dtype=str(params[0].dtype).removeprefix('torch.'),
              device=str(params[0].device), threads=torch.get_num_threads(), hessian_overlap=__version__,
              torch=torch.__version__,
-             identity={str(seed): identity(q, q.model, splits, samples) for seed, q in problems.items()})
+             identity={str(seed): fingerprint(q, q.model, splits, samples) for seed, q in problems.items()})
     return json.loads(json.dumps(s))
 
 # %% ../nbs/43_experiment.ipynb #ae6d7a6c
@@ -189,11 +190,11 @@ def _pickled(o):
         pickler = pickle
     return pickler.dumps(o)
 
-# %% ../nbs/43_experiment.ipynb #74321228
+# %% ../nbs/43_experiment.ipynb #fd1494fc
 def _write_snapshots(run, seed, problem, snapshots):
     "The snapshots that are missing; where none is, ask whether the problem is still the same at the last"
     s = run.settings
-    at = lambda model: identity(problem, model, s['splits'], s['samples'])
+    at = lambda model: fingerprint(problem, model, s['splits'], s['samples'])
     missing = [step for step in s['steps'] if run.snapshot(seed, step) is None]
     for step, model, loss, accuracy in snapshots(seed, problem, missing) if missing else ():
         words = dict(run=run.id, seed=seed, step=step, loss=loss, accuracy=accuracy)
@@ -213,7 +214,7 @@ def _keep_strategy(run, problem):
     H @ column_noise(s['n'], range(16), seed=0, dtype=H.dtype, device=H.device)
     write_atomic(run.path/'strategy.json', json.dumps(H.info['strategy']).encode(), new=True)
 
-# %% ../nbs/43_experiment.ipynb #17418d54
+# %% ../nbs/43_experiment.ipynb #bfda9b5c
 def run_overlap(
     problem,           # a Problem, or a function of the seed that makes one; its model is left as it is
     method=Eigsh(),      # how: Eigsh, Seigh or SLQ
@@ -223,7 +224,8 @@ def run_overlap(
     num_random: int = 10,         # random masks, ≥ 0
     seeds=(0,),                   # of problem, method and random masks
     orders: dict | None = None,   # orderings of your own, name -> (n,) int64 permutation
-    optimizer=None,               # of the training, as in train; None for plain SGD
+    optimizer=None,               # name, dict(name=..., lr=...) or function, as in train; None for plain SGD
+    train_mode: bool = False,     # train with dropout and batch statistics
     out: Path | str | None = None,  # run folder; None for one that is removed afterwards
     executor=None,                # with submit, such as a pool of processes; None: here
     overwrite: bool = False,      # remove a finished run in out, or one with other settings
@@ -232,41 +234,38 @@ def run_overlap(
 ) -> xr.Dataset:  # a record
     "Train, and measure the overlap of magnitude, random and best masks with the top-k Hessian eigenspace along the way"
     problem_of = problem if callable(problem) else partial(_same_problem, problem)
-    problems, steps = {seed: problem_of(seed) for seed in seeds}, whole('steps', steps, 0)
+    problems, steps = {seed: problem_of(seed) for seed in seeds}, check_whole('steps', steps, 0)
     if not problems: raise ValueError('seeds is empty; give at least one')
     if isinstance(problems[seeds[0]], Given): raise ValueError('a model, a loss and data cannot be trained here: give '
                                                                'checkpoints, or make a Problem of them')
-    snaps = default_snapshots(steps) if snapshots is None else [whole('a snapshot', o, 0, steps) for o in snapshots]
+    snaps = default_snapshots(steps) if snapshots is None else [check_whole('a snapshot', o, 0, steps)
+                                                                for o in snapshots]
     if not snaps or sorted({*snaps}) != snaps: raise ValueError(f'snapshots must increase, from 0 on, got {snaps}')
     p = next(iter(problems.values()))
     settings = run_settings(problems, method, steps=snaps, samples=samples, num_random=num_random, orders=orders,
-                            **_training_settings(p, optimizer))
+                            **_training_settings(p, optimizer, train_mode))
     if echo: echo(f'{p!r}\n{p.source}'.strip() + '\n')
-    return _work(settings, problem_of, problems, partial(_trained, optimizer, progress), out=out, orders=orders,
-                 executor=executor, overwrite=overwrite, progress=progress, echo=echo)
+    trained = partial(_trained, optimizer, train_mode, progress)
+    return _work(settings, problem_of, problems, trained, out=out, orders=orders, executor=executor,
+                 overwrite=overwrite, progress=progress, echo=echo)
 
-# %% ../nbs/43_experiment.ipynb #e76cc04c
-def _words(optimizer):
-    "An optimizer with its settings, in words"
-    made = optimizer([torch.nn.Parameter(torch.zeros(1))]) if callable(optimizer) else optimizer
-    return ' '.join(str(made).split())
-
-def _training_settings(p, optimizer):
+# %% ../nbs/43_experiment.ipynb #1cd3a7db
+def _training_settings(p, optimizer, train_mode):
     "What a training depends on, in words"
     data = [t for name in ('train_x', 'train_y', 'test_x', 'test_y') for t in tensors_of(getattr(p, name, None))]
     return {name: getattr(p, name, None) for name in ('source', 'lr', 'batch_size')} | dict(
-        optimizer=_words(optimizer or 'sgd'), loss=str(p.loss_func).split(' at 0x')[0], all_data=digest(data))
+        optimizer=optimizer_words(optimizer, p.lr), train_mode=train_mode, loss=str(p.loss_func).split(' at 0x')[0],
+        all_data=digest(data))
 
-def _trained(optimizer, progress, seed, problem, steps):
+def _trained(optimizer, train_mode, progress, seed, problem, steps):
     "(step, model, losses, accuracies) of a training"
-    kw = {} if optimizer is None else dict(optimizer=optimizer)
-    run = train(problem, steps[-1], steps, progress=progress, **kw)
+    run = train(problem, steps[-1], steps, optimizer=optimizer, train_mode=train_mode, progress=progress)
     for i, step in enumerate(steps):
-        model = load_params(copy.deepcopy(problem.model), run.thetas[i])
+        model = run.restore(copy.deepcopy(problem.model), step)
         yield step, model, *(dict(train=a[i], test=b[i]) for a, b in
                              ((run.train_loss, run.test_loss), (run.train_acc, run.test_acc)))
 
-# %% ../nbs/43_experiment.ipynb #2c030cb5
+# %% ../nbs/43_experiment.ipynb #19d87dc8
 def run_checkpoints(
     model,  # torch.nn.Module, its parameters do not matter; or a problem, instead of model, loss_func and data
     loss_func=None,  # as in overlap_record
@@ -290,12 +289,20 @@ def run_checkpoints(
     settings = run_settings({seed: problem}, method, steps=[*states], samples=samples, num_random=num_random,
                             orders=orders, checkpoints=marks)
     def snapshots(seed, problem, steps):
-        for step in steps: yield step, load_checkpoint(problem.model, states[step](), f'checkpoint {step}'), {}, {}
+        for step in steps:
+            model = load_checkpoint(problem.model, states[step](), f'checkpoint {step}')
+            yield step, model, *_ends(problem, model)
     if echo: echo(f'{problem!r}\n{problem.source}'.strip() + '\n')
     return _work(settings, partial(_same_problem, problem), {seed: problem}, snapshots, out=out, orders=orders,
                  executor=executor, overwrite=overwrite, progress=progress, echo=echo)
 
-# %% ../nbs/43_experiment.ipynb #58d1d361
+# %% ../nbs/43_experiment.ipynb #ce8f36fa
+def _ends(problem, model):
+    "Losses and accuracies of a Problem's whole data; none of others, whose loss is that of their Hessian"
+    if not isinstance(problem, Problem): return {}, {}
+    ends = {o: evaluate(model, problem.loss_func, problem.data(o), weight=problem.weight) for o in ('train', 'test')}
+    return ({o: v[i] for o, v in ends.items()} for i in (0, 1))
+
 def _by_step(checkpoints):
     "step -> a function that reads the state of that step, steps ascending"
     if isinstance(checkpoints, (str, Path)): checkpoints = sorted(glob(str(checkpoints)))

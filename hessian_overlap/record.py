@@ -335,7 +335,7 @@ def save_record(
     write_dataset(path/FILE, check_record(ds))
     return path/FILE
 
-# %% ../nbs/40_record.ipynb #8ad7a850
+# %% ../nbs/40_record.ipynb #327313b0
 def load_record(
     path: Path | str,  # folder of a run, or the file itself
 ) -> xr.Dataset:  # bit for bit what was saved
@@ -350,7 +350,7 @@ def load_record(
     schema = ds.attrs.get('schema')
     if schema != SCHEMA:
         raise RecordError(f'{file} has schema {schema}, hessian_overlap {__version__} reads {SCHEMA}: take its version')
-    return check_record(ds)
+    return check_record(ds)[list(VARIABLES)]  # in this order
 
 # %% ../nbs/40_record.ipynb #ff8a675c
 def _difference(x, y):

@@ -100,18 +100,9 @@ def test_other_settings_and_overwrite(tmp_path):
     assert load_record(d).k.size == 5 and (d / 'notes.txt').exists()
 
 
-def test_seeds_snapshots_optimizer_order(tmp_path, monkeypatch):
+def test_seeds_snapshots_optimizer_order(tmp_path):
     np.save(tmp_path / 'up.npy', np.arange(32))
     torch.save(torch.arange(32).flip(0), tmp_path / 'down.pt')
-    seen = {}
-    real = ex.train
-
-    def train(*args, **kw):
-        seen.update(kw)
-        kw.pop('optimizer', None)
-        return real(*args, **kw)
-
-    monkeypatch.setattr(ex, 'train', train)
     code, out, err = call(
         *FAST, '--seeds', '0,4', '--optimizer', 'adamw:lr=0.01,amsgrad=true', '--order',
         f'{tmp_path}/up.npy,{tmp_path}/down.pt', '--out', tmp_path / 'run',
@@ -119,9 +110,7 @@ def test_seeds_snapshots_optimizer_order(tmp_path, monkeypatch):
     ds = load_record(tmp_path / 'run')
     assert code == 0 and ds.seed.values.tolist() == [0, 4] and ds.step.values.tolist() == [0, 10]
     assert {'up', 'down'} < set(ds.order.values) and 'mean over 2 seeds' in out and table_text(ds) in out
-    made = seen['optimizer']([torch.nn.Parameter(torch.ones(2))])
-    assert type(made).__name__ == 'AdamW' and made.defaults['lr'] == 0.01 and made.defaults['amsgrad'] is True
-    assert 'AdamW' in ds.settings and 'lr: 0.01' in ds.settings
+    assert 'AdamW' in ds.settings and 'lr: 0.01' in ds.settings and 'amsgrad: True' in ds.settings
 
 
 def test_checkpoints_from_the_command_line(tmp_path):
@@ -133,7 +122,7 @@ def test_checkpoints_from_the_command_line(tmp_path):
     code, out, err = call(*FAST[:8], '--checkpoints', tmp_path / '*.pt', '--out', tmp_path / 'run', '--seeds', '3')
     ds = load_record(tmp_path / 'run')
     assert code == 0 and ds.step.values.tolist() == [5, 100] and ds.seed.values.tolist() == [3]
-    assert ds.split.values.tolist() == ['train', 'test'] and '-' in out.splitlines()[-8]
+    assert ds.split.values.tolist() == ['train', 'test'] and (ds.accuracy > 0).all()
 
 
 def test_problems_compare_export(done, tmp_path):
@@ -174,7 +163,7 @@ BAD = {
     'k no number': (argv('--k', 'ten'), "argument --k: invalid int value: 'ten'"),
     'steps': (argv('--steps=-1'), 'steps must be'),
     'snapshots': (argv('--snapshots', '0,x'), "--snapshots: invalid numbers value: '0,x'"),
-    'snapshots beyond': (argv('--snapshots', '0,5'), 'a snapshot must be .*at most 0, got 5'),
+    'snapshots beyond': (argv('--snapshots', '0,5'), 'a snapshot must be an integer from 0 to 0, got 5'),
     'samples not divisible': (argv('--samples', '105'), 'samples=105'),
     'samples too many': (argv('--samples', '5000'), 'samples=5000'),
     'method': (argv('--method', 'power'), "unknown method 'power'; choose eigsh, seigh, slq"),
@@ -234,8 +223,8 @@ def test_help_lists_every_option_with_dashes():
 
 def test_arguments():
     assert numbers('0,100') == (0, 100) and numbers('3') == (3,)
-    make = optimizer_of('SGD:momentum=0.9,nesterov=True,lr=1e-2,foreach=none')
-    assert make.func is torch.optim.SGD and make.keywords == dict(momentum=0.9, nesterov=True, lr=0.01, foreach=None)
+    want = dict(name='SGD', momentum=0.9, nesterov=True, lr=0.01, foreach=None)
+    assert optimizer_of('SGD:momentum=0.9,nesterov=True,lr=1e-2,foreach=none') == want
 
 
 def test_threads_are_given_back(monkeypatch):

@@ -103,4 +103,4 @@ def test_wheel_from_sdist(scratch, tmp_path):
     assert any(n.endswith('LICENSE') for n in names)
     assert not any(n.startswith(('tests', 'nbs', 'tools')) for n in names)
     entry = next(zipfile.ZipFile(wheel).read(n).decode() for n in names if n.endswith('entry_points.txt'))
-    assert 'hessian-overlap = hessian_overlap.experiment:main' in entry and 'hessian_overlap._modidx:d' in entry
+    assert 'hessian-overlap = hessian_overlap.cli:main' in entry and 'hessian_overlap._modidx:d' in entry

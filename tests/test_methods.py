@@ -201,19 +201,19 @@ def test_defaults():
     'm, says',
     [
         (Eigsh(k=201), 'k = 201 is more than the n = 200'),
-        (Eigsh(k=0), 'k must be a whole number of at least 1, got 0'),
+        (Eigsh(k=0), 'k must be an integer at least 1, got 0'),
         (Eigsh(k=2.5), 'got 2.5'),
         (Eigsh(k=True), 'got True'),
         (Eigsh(tol=0), 'tol must be'),
         (Eigsh(tol=float('nan')), 'tol must be'),
         (Eigsh(tol=1.0), 'tol must be'),
-        (Eigsh(block_size=0), 'block_size must be .* at most 200, got 0'),
-        (Seigh(k=10, num_outer=9), 'num_outer must be .*10'),
+        (Eigsh(block_size=0), 'block_size must be an integer from 1 to 200, got 0'),
+        (Seigh(k=10, num_outer=9), 'num_outer must be an integer from 10 to 200'),
         (Seigh(k=10, num_outer=30, num_inner=20), 'num_inner = 20 is less than num_outer = 30'),
         (Seigh(num_inner=201), 'num_inner must be .*200'),
-        (SLQ(num_probes=0), 'num_probes must be .*1 and at most 200, got 0'),
+        (SLQ(num_probes=0), 'num_probes must be an integer from 1 to 200, got 0'),
         (SLQ(num_probes=40), 'slq with 40 probes needs at least 240'),
-        (SLQ(num_steps=3), 'num_steps must be .*4, got 3'),
+        (SLQ(num_steps=3), 'num_steps must be an integer at least 4, got 3'),
         (SLQ(num_steps=30), '30 blocks of 8 probes do not fit into 200 parameters, 23 do'),
         (SLQ(ks=200), 'slq goes up to k = 199'),
         (SLQ(ks=(5, 5)), r'ks must ascend and not be empty, got \[5, 5\]'),
@@ -223,10 +223,10 @@ def test_defaults():
     ids=str,
 )
 def test_wrong_settings_are_refused_by_name(m, says):
-    with pytest.raises(ValueError, match=says) as e:
+    with pytest.raises((ValueError, TypeError), match=says) as e:
         m.sized(N)
     assert '\n' not in str(e.value)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=says):
         quiet(m)
 
 
