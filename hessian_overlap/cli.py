@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'EXPECTED', 'AGAIN', 'numbers', 'optimizer_of', 'order_of', 'files', 'parser', 'executor_of', 'place',
-           'num_threads', 'run', 'peak_memory', 'save_figure', 'draw_figures', 'say_figures', 'say_finished',
-           'record_of', 'show', 'explore', 'problems', 'compare', 'export', 'Terminated', 'main']
+           'num_threads', 'method_of', 'out_of', 'measure_all', 'say', 'run', 'peak_memory', 'save_figure',
+           'draw_figures', 'say_figures', 'say_finished', 'record_of', 'show', 'explore', 'problems', 'compare',
+           'export', 'Terminated', 'main']
 
 # %% ../nbs/60_cli.ipynb #9842bf12
 import argparse
@@ -141,6 +142,37 @@ def num_threads(
     said = os.environ.get('OMP_NUM_THREADS', '1').split(',')[0]
     return max(1, min(int(said), os.cpu_count())) if said.isdecimal() else 1
 
+# %% ../nbs/60_cli.ipynb #a27f731c
+def method_of(
+    name: str,  # eigsh, seigh or slq
+    k: int | None,  # largest mask size; None: the method's default
+    **settings,  # of the method; None: its default
+):
+    "A method from what the command line says of it"
+    given = settings | dict(name=name) | {'ks' if name == 'slq' else 'k': k}
+    return from_settings({setting: value for setting, value in given.items() if value is not None})
+
+def out_of(
+    out: str | None,  # as given
+    problem: str,  # its name, or FILE.py:FUNCTION
+) -> Path:
+    "The folder of a run"
+    return Path(out or f"runs/{Path(problem.partition('.py:')[0]).stem}")
+
+def measure_all(
+    make,  # seed -> problem
+    how,  # the method
+    checkpoints: str | None,  # pattern of what to measure instead of training
+    seeds,  # of the run; of checkpoints the first
+    training: dict,  # of run_overlap
+    **kw,  # of both
+):  # the record
+    "A run that trains, or one over checkpoints"
+    if checkpoints: return run_checkpoints(make(seeds[0]), checkpoints=checkpoints, method=how, seed=seeds[0], **kw)
+    return run_overlap(make, how, seeds=seeds, **training, **kw)
+
+def say(line): tqdm.write(line, file=sys.stdout)  # above the bars
+
 # %% ../nbs/60_cli.ipynb #ee28e6f5
 def run(
     problem: str,              # a problem by name, such as mnist_mini, or FILE.py:FUNCTION that makes one
@@ -173,18 +205,15 @@ def run(
 ):
     "Train a network, find its directions of largest curvature, and measure how much the largest parameters overlap"
     start, (dtype, device) = time.perf_counter(), place(dtype, device)
-    given = dict(name=method, tol=tol, block_size=block_size, num_outer=num_outer, num_inner=num_inner,
-                 recovery=recovery, num_probes=num_probes, num_steps=num_steps) | {'ks' if method == 'slq' else 'k': k}
-    how = from_settings({o: v for o, v in given.items() if v is not None})
-    out = Path(out or f"runs/{Path(problem.partition('.py:')[0]).stem}")
-    kw = dict(samples=samples, num_random=num_random, orders={Path(o).stem: order_of(o) for o in order}, out=out,
-              overwrite=overwrite, progress=sys.stderr.isatty(), echo=lambda line: tqdm.write(line, file=sys.stdout))
+    how = method_of(method, k, tol=tol, block_size=block_size, num_outer=num_outer, num_inner=num_inner,
+                    recovery=recovery, num_probes=num_probes, num_steps=num_steps)
+    kw = dict(samples=samples, num_random=num_random, orders={Path(o).stem: order_of(o) for o in order},
+              out=out_of(out, problem), overwrite=overwrite, progress=sys.stderr.isatty(), echo=say)
     with with_threads(num_threads(threads)), executor_of(workers, dask) as kw['executor']:
+        training = dict(steps=steps, snapshots=snapshots, optimizer=optimizer, train_mode=train_mode)
         make = problem_maker(problem, root=root, device=device, dtype=dtype)
-        if checkpoints: ds = run_checkpoints(make(seeds[0]), checkpoints=checkpoints, method=how, seed=seeds[0], **kw)
-        else: ds = run_overlap(make, how, steps=steps, snapshots=snapshots, optimizer=optimizer, train_mode=train_mode,
-                             seeds=seeds, **kw)
-    say_finished(ds, out, time.perf_counter() - start)
+        ds = measure_all(make, how, checkpoints, seeds, training, **kw)
+    say_finished(ds, kw['out'], time.perf_counter() - start)
 
 # %% ../nbs/60_cli.ipynb #0f664c52
 def peak_memory() -> int | None:  # bytes; None where the system does not tell

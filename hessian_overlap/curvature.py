@@ -101,6 +101,7 @@ def _check_settings(self: CurvatureOperator):
     if not isinstance(self.memory, (int, float)) or not self.memory > 0:
         raise ValueError(f'memory must be a positive number of bytes, got {self.memory!r}')
 
+# %% ../nbs/12_curvature.ipynb #0270f30d
 @patch
 def _start(self: CurvatureOperator, model, params):
     "The model as it is now, and empty stores"

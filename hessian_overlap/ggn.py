@@ -19,7 +19,7 @@ from .linop import two_norm
 from .noise import column_noise
 
 # %% auto #0
-__all__ = ['GGNLinearOperator', 'EFLinearOperator']
+__all__ = ['GGNLinearOperator', 'EFLinearOperator', 'drawn_classes']
 
 # %% ../nbs/13_ggn.ipynb #85e9e311
 def _jacobian(out, theta):
@@ -224,7 +224,7 @@ def _noise(self: GGNLinearOperator, out, each):
     return noise.T.reshape(len(out), each, self.mc_samples)
 
 # %% ../nbs/13_ggn.ipynb #d2327bfe
-def _drawn(p, noise):
+def drawn_classes(p, noise):
     "Classes (rows, L, M) of probabilities p (rows, L, classes) at normal numbers (rows, L, M)"
     def draw(p, u):
         total = p.double().cumsum(-1)
@@ -264,7 +264,7 @@ def _sampled_middle(self: GGNLinearOperator, out, y):
     flat = (len(out), -1, out.shape[dim]) if is_softmax else (len(out), -1)
     if is_softmax:
         p = last(mean, dim).reshape(flat)
-        drawn = _drawn(p, self._noise(out, p.shape[1]))
+        drawn = drawn_classes(p, self._noise(out, p.shape[1]))
         middle, held = _classes_middle(p, c.sqrt().reshape(len(out), -1), drawn), p.nbytes+drawn.nbytes
     else:
         h = _by_backward(self.loss_func, out, y)[0](torch.ones_like(out), False).clamp_min(0).reshape(flat)

@@ -73,7 +73,7 @@ def _hash(settings):
 class Run:
     "A folder of finished parts"
     def __init__(self,
-        folder: Path | str,  # that `Run.create` made
+        folder: Path | str,  # that Run.create made
     ):
         self.path, self._seals = Path(folder), {}
         file = self.path/'settings.json'

@@ -58,7 +58,7 @@ def numerical_rank(
     theta: Tensor,  # (m,) all eigenvalues that were computed
     wanted: Tensor,  # (k,) positions of those that were asked for, in their order
     rounding: float,  # magnitude that rounding can give to an eigenvalue of zero
-    which: str = 'LM',  # the order, as in `eigsh`
+    which: str = 'LM',  # the order, as in eigsh
 ) -> int:  # between 0 and k
     "How many leading eigenvalues are larger than rounding"
     zero = theta.abs() <= rounding

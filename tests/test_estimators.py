@@ -257,6 +257,12 @@ def test_repr_and_infos():
     assert (one.std_error == math.inf).all() and (one.low == 0).all() and (one.high == math.inf).all()
 
 
+def vanishing(A):
+    "A, whose products are not finite"
+    product = lambda V: (A @ V) * math.nan
+    return FunctionLinearOperator(product, A.shape, rmatmat=product, dtype=A.dtype, device=A.device)
+
+
 @pytest.mark.parametrize('name', EVERY)
 def test_refused(name):
     f = EVERY[name][0]
@@ -268,8 +274,9 @@ def test_refused(name):
         (lambda: f(A, 9, seed=-1), ValueError, 'seed'),
         (lambda: f(A, 9, seed=1.5), TypeError, 'seed'),
         (lambda: f('A', 9, seed=0), TypeError, 'linear operator'),
-        (lambda: f(A * math.nan, 9, seed=0), FloatingPointError, 'not finite'),
-        (lambda: f(A * math.nan, 90, seed=0), FloatingPointError, 'not finite'),
+        (lambda: f(A * math.nan, 9, seed=0), ValueError, 'NaN or infinite'),
+        (lambda: f(vanishing(A), 9, seed=0), FloatingPointError, 'not finite'),
+        (lambda: f(vanishing(A), 90, seed=0), FloatingPointError, 'not finite'),
     ]:
         with pytest.raises(error, match=says):
             bad()

@@ -306,11 +306,11 @@ def test_sampled_labels_of_sequences(loss):
 
 
 def test_drawn_classes_have_their_probabilities():
-    from hessian_overlap.ggn import _drawn
+    from hessian_overlap.ggn import drawn_classes
 
     p = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=f64).expand(1, 1, 4)
     g = torch.Generator().manual_seed(0)
-    drawn = _drawn(p, torch.randn(1, 1, 100_000, generator=g, dtype=f64))
+    drawn = drawn_classes(p, torch.randn(1, 1, 100_000, generator=g, dtype=f64))
     counts = drawn.flatten().bincount(minlength=4) / 1e5
     assert counts[1] == 0 and (counts - p[0, 0]).abs().max() < 0.006
 
