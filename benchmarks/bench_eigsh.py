@@ -29,6 +29,8 @@ import time
 import warnings
 from pathlib import Path
 
+from bench_hvp import run_environment  # noqa: F401, `worker` calls it by its name
+
 K = 350
 PEERS = dict(curvlinops='curvlinops-for-pytorch', hessian_eigenthings='hessian-eigenthings', skerch='skerch')
 MLP = {f'mlp_{s}': s for s in (0, 100, 1000, 5000)}  # the network after so many training steps
