@@ -282,6 +282,11 @@ def wait_for(p, d, parts):
     assert p.poll() is None, p.communicate()
 
 
+def interruptible():
+    "A program that runs in the background of a shell ignores Ctrl-C, and so would its children"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize('sign, code, says', [(signal.SIGINT, 130, 'interrupted'), (signal.SIGTERM, 143, 'terminated')])
 def test_ctrl_c_and_sigterm_say_what_to_do(sign, code, says, tmp_path):
     d = tmp_path / 'run'
@@ -294,6 +299,7 @@ def test_ctrl_c_and_sigterm_say_what_to_do(sign, code, says, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=interruptible,
     )
     wait_for(p, d, 1)
     p.send_signal(sign)
