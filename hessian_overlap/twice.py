@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -88,10 +88,15 @@ class _Replaced(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
-def _without_compiling():
+@contextmanager
+def _without_compiling(model):
     "Compiled modules run as they were written"
-    if hasattr(torch.compiler, 'set_stance'): return torch.compiler.set_stance('force_eager')
-    return nullcontext()  # before torch 2.6
+    compiled = [m for m in model.modules() if type(m).__name__ == 'OptimizedModule']
+    kept = [vars(m)['forward'] for m in compiled]
+    for m in compiled: vars(m)['forward'] = m._orig_mod.forward
+    try: yield
+    finally:
+        for m, forward in zip(compiled, kept): vars(m)['forward'] = forward
 
 @contextmanager
 def twice_differentiable(
@@ -103,7 +108,7 @@ def twice_differentiable(
         contexts.enter_context(torch.inference_mode(False))
         contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
         contexts.enter_context(_without_checkpoints())
-        if 'OptimizedModule' in kinds: contexts.enter_context(_without_compiling())
+        if 'OptimizedModule' in kinds: contexts.enter_context(_without_compiling(model))
         if kinds & {'LSTM', 'GRU', 'RNN'}: contexts.enter_context(torch.backends.cudnn.flags(enabled=False))
         contexts.enter_context(_Replaced())
         yield
