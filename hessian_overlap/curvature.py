@@ -398,6 +398,25 @@ def _second_pass(self: CurvatureOperator, seen):
                      f'({seen[0].loss.item():.8g}, then {again[0].loss.item():.8g} in the first batch): '
                      f'probably {cause}; a Hessian needs the same function every time')
 
+# %% ../nbs/12_curvature.ipynb #f5c9aea2
+def _num_cuttable(batch):
+    "The number of samples of a batch, whose rows in a tensor may be several; 0 if it cannot be cut"
+    sizes = [t.shape[0] if t.dim() else 0 for t in tensors_of(batch)]
+    n = min(sizes, default=0)
+    return 0 if n == 0 or any(size % n for size in sizes) else n
+
+def _samples_of(batch, n, start, stop):
+    "The samples from start to stop of a batch of n"
+    return tree_map(lambda t: t[len(t)//n*start:len(t)//n*stop] if isinstance(t, Tensor) else t, batch)
+
+def _cut_batch(batch, pieces):
+    "A batch in pieces along its samples; the batch if it cannot be cut"
+    n = _num_cuttable(batch)
+    pieces = min(pieces, n)
+    if pieces < 2: return [batch]
+    ends = [n*i//pieces for i in range(pieces+1)]
+    return [_samples_of(batch, n, start, stop) for start, stop in zip(ends, ends[1:])]
+
 # %% ../nbs/12_curvature.ipynb #6be7f487
 @patch
 def _sized_groups(self: CurvatureOperator, sizes):
@@ -411,16 +430,6 @@ def _sized_groups(self: CurvatureOperator, sizes):
             groups.append(1)
             room = self.memory/16-nbytes
     return groups
-
-def _cut_batch(batch, pieces):
-    "A batch in pieces along its samples, whose rows in a tensor may be several; the batch if it cannot be cut"
-    sizes = [t.shape[0] if t.dim() else 0 for t in tensors_of(batch)]
-    n = min(sizes, default=0)
-    pieces = min(pieces, n)
-    if pieces < 2 or any(size % n for size in sizes): return [batch]
-    ends = [n*i//pieces for i in range(pieces+1)]
-    rows = lambda t, a, b: t[len(t)//n*a:len(t)//n*b] if isinstance(t, Tensor) else t
-    return [tree_map(lambda t, a=a, b=b: rows(t, a, b), batch) for a, b in zip(ends, ends[1:])]
 
 @patch
 def _joined(self: CurvatureOperator, start=0):
@@ -606,8 +615,8 @@ def _direction(self: CurvatureOperator, theta):
 
 def _few_of(batch):
     "The first samples of a batch, at most four, if it can be cut"
-    samples = min((len(t) if t.dim() else 0 for t in tensors_of(batch)), default=0)
-    return _cut_batch(batch, -(-samples//4))[0]
+    n = _num_cuttable(batch)
+    return _samples_of(batch, n, 0, min(n, 4)) if n else batch
 
 @patch
 def _sampled(self: CurvatureOperator, dtype, few):
